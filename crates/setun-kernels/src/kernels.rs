@@ -1,0 +1,70 @@
+//! Which instruction set runs: a value that a caller holds, never a global.
+
+/// Instruction sets that kernels are written for. Private to the crate: a [`Kernels`] is handed out only
+/// after the CPU check, so holding one is the proof that its instructions may be executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Isa {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Scalar,
+}
+
+/// One instruction set's kernels. All of them return the same integers, and the same float bits.
+#[derive(Debug)]
+pub struct Kernels {
+    name: &'static str,
+    pub(crate) isa: Isa,
+    supported: fn() -> bool,
+}
+
+// Fastest first; scalar is last and always supported.
+static TABLE: &[Kernels] = &[
+    #[cfg(target_arch = "x86_64")]
+    Kernels {
+        name: "avx512",
+        isa: Isa::Avx512,
+        supported: || {
+            is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vnni")
+                && is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+        },
+    },
+    #[cfg(target_arch = "x86_64")]
+    Kernels {
+        name: "avx2",
+        isa: Isa::Avx2,
+        supported: || {
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+        },
+    },
+    Kernels { name: "scalar", isa: Isa::Scalar, supported: || true },
+];
+
+impl Kernels {
+    /// What this CPU can run, fastest first; `scalar` is always last.
+    pub fn available() -> impl Iterator<Item = &'static Kernels> {
+        TABLE.iter().filter(|k| (k.supported)())
+    }
+
+    /// The fastest set this CPU can run.
+    pub fn best() -> &'static Kernels {
+        Self::available().next().expect("scalar is always supported")
+    }
+
+    /// The set called `name`, if this CPU can run it.
+    pub fn by_name(name: &str) -> Option<&'static Kernels> {
+        Self::available().find(|k| k.name == name)
+    }
+
+    /// `avx512`, `avx2` or `scalar`.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+}
