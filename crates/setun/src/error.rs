@@ -1,0 +1,111 @@
+//! Why a model could not be read, run or converted: the one error type of this crate.
+//!
+//! Messages are lower case, one sentence, without a final stop, and name the thing at fault: the file,
+//! the tensor or the field. Text after a colon says what was expected, what was found, what to do.
+
+use std::path::{Path, PathBuf};
+
+/// Everything that can go wrong between a file and its model.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The operating system refused to open or read a file.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The operating system refused to create, write or rename a file.
+    #[error("cannot write {}: {source}", path.display())]
+    Write {
+        /// The file that was to be written.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file breaks the rules of its own format, or is cut short.
+    #[error("{}: {what}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// Which rule, where, with the values found.
+        what: String,
+    },
+    /// A file is valid, but in a format, version or layout that this library does not read.
+    #[error("{}: {what}", path.display())]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// What it is, and what is read instead.
+        what: String,
+    },
+    /// A tensor that the model needs is not in the file.
+    #[error("{}: tensor `{name}` is missing{hint}", path.display())]
+    MissingTensor {
+        /// The file.
+        path: PathBuf,
+        /// The name that was looked up.
+        name: String,
+        /// Empty, or a clause with the nearest names that are there.
+        hint: String,
+    },
+    /// A tensor's shape contradicts the model's config.
+    #[error("tensor `{name}` has shape {found:?}, but {expected:?} is expected")]
+    Shape {
+        /// The tensor.
+        name: String,
+        /// Row-major shape that the model needs.
+        expected: Vec<usize>,
+        /// Row-major shape in the file.
+        found: Vec<usize>,
+    },
+    /// A tensor's contents or encoding cannot be used as asked.
+    #[error("tensor `{name}`: {what}")]
+    Tensor {
+        /// The tensor.
+        name: String,
+        /// What is wrong and what was expected.
+        what: String,
+    },
+    /// A tensor cannot be stored in the encoding asked for without changing its values.
+    #[error("tensor `{name}` cannot be stored as {encoding}: {why}")]
+    CannotEncode {
+        /// The tensor.
+        name: String,
+        /// The encoding's name.
+        encoding: &'static str,
+        /// Which property it lacks.
+        why: String,
+    },
+    /// A GGUF metadata key is missing, or holds a value of the wrong type.
+    #[error("metadata key `{key}` {what}")]
+    Metadata {
+        /// The key.
+        key: String,
+        /// "is missing", "is a string, but an integer is expected".
+        what: String,
+    },
+}
+
+impl ModelError {
+    pub(crate) fn read(path: &Path, source: std::io::Error) -> Self {
+        Self::Read { path: path.to_owned(), source }
+    }
+
+    pub(crate) fn write(path: &Path, source: std::io::Error) -> Self {
+        Self::Write { path: path.to_owned(), source }
+    }
+
+    pub(crate) fn format(path: &Path, what: impl Into<String>) -> Self {
+        Self::Format { path: path.to_owned(), what: what.into() }
+    }
+
+    pub(crate) fn unsupported(path: &Path, what: impl Into<String>) -> Self {
+        Self::Unsupported { path: path.to_owned(), what: what.into() }
+    }
+
+    pub(crate) fn tensor(name: &str, what: impl Into<String>) -> Self {
+        Self::Tensor { name: name.to_owned(), what: what.into() }
+    }
+}
