@@ -1,0 +1,10 @@
+//! Trains ternary language models on a CPU.
+//!
+//! Modules in reading order: [`params`] holds float masters and what the forward pass reads of them; [`tape`] executes
+//! the one definition of the model ([`setun::model`]) and records it for the backward pass; [`loss`] is the output head with
+//! cross-entropy; [`optimizer`] and [`schedule`] turn gradients into the next weights; [`checkpoint`] keeps
+//! everything that the next step depends on; [`trainer`] runs the loop.
+//!
+//! The linear layers of a ternary model are BitLinear (<https://arxiv.org/abs/2402.17764>): the forward product is the exact
+//! integer product of inference, on the same kernels; the backward pass is straight-through.
+
