@@ -78,6 +78,28 @@ pub enum ModelError {
         /// Which property it lacks.
         why: String,
     },
+    /// A tokenizer's file or vocabulary is damaged, contradicts itself, or is of a kind that is not read.
+    #[error("tokenizer: {what}")]
+    Tokenizer {
+        /// What is wrong, and what was expected.
+        what: String,
+    },
+    /// A chat template cannot be parsed or rendered.
+    #[error("chat template: {what}")]
+    ChatTemplate {
+        /// What the template engine or the template itself says.
+        what: String,
+    },
+    /// A setting for sampling is outside its range.
+    #[error("sampling setting `{name}` is {value}, but {expected} is expected")]
+    Sampling {
+        /// The field of `Sampling`.
+        name: &'static str,
+        /// Its value.
+        value: String,
+        /// The valid range in words.
+        expected: &'static str,
+    },
     /// A GGUF metadata key is missing, or holds a value of the wrong type.
     #[error("metadata key `{key}` {what}")]
     Metadata {
@@ -86,26 +108,57 @@ pub enum ModelError {
         /// "is missing", "is a string, but an integer is expected".
         what: String,
     },
+    /// A field of the model's configuration is absent.
+    #[error("config field `{field}` is missing")]
+    ConfigMissing {
+        /// The field, as `config.json` spells it.
+        field: String,
+    },
+    /// A field of the model's configuration has a value that cannot be used.
+    #[error("config field `{field}` is {found}, but must be {expected}")]
+    ConfigValue {
+        /// The field, as `config.json` spells it.
+        field: String,
+        /// Its value.
+        found: String,
+        /// What it may be.
+        expected: String,
+    },
 }
 
 impl ModelError {
     pub(crate) fn read(path: &Path, source: std::io::Error) -> Self {
-        Self::Read { path: path.to_owned(), source }
+        Self::Read {
+            path: path.to_owned(),
+            source,
+        }
     }
 
     pub(crate) fn write(path: &Path, source: std::io::Error) -> Self {
-        Self::Write { path: path.to_owned(), source }
+        Self::Write {
+            path: path.to_owned(),
+            source,
+        }
     }
 
     pub(crate) fn format(path: &Path, what: impl Into<String>) -> Self {
-        Self::Format { path: path.to_owned(), what: what.into() }
+        Self::Format {
+            path: path.to_owned(),
+            what: what.into(),
+        }
     }
 
     pub(crate) fn unsupported(path: &Path, what: impl Into<String>) -> Self {
-        Self::Unsupported { path: path.to_owned(), what: what.into() }
+        Self::Unsupported {
+            path: path.to_owned(),
+            what: what.into(),
+        }
     }
 
     pub(crate) fn tensor(name: &str, what: impl Into<String>) -> Self {
-        Self::Tensor { name: name.to_owned(), what: what.into() }
+        Self::Tensor {
+            name: name.to_owned(),
+            what: what.into(),
+        }
     }
 }

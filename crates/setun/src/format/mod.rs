@@ -1,1 +1,20 @@
 //! Model files: what is inside a checkpoint, whichever container and packing it came in.
+//!
+//! [`Checkpoint`] opens a file or folder and hands out [`Tensor`]s by name; [`decode`] turns their bytes
+//! into floats, dense or ternary matrices, [`encode`] goes the other way, and the containers' writers
+//! put the result on disk. What a model's tensors mean is not decided here, see `config` and `weights`.
+//!
+//! Every header is hostile until it is checked: see docs/format.md for what is read, written and refused.
+
+mod checkpoint;
+pub mod gguf;
+mod llama2c;
+mod mmap;
+mod output;
+mod safetensors;
+mod tensor;
+
+pub use checkpoint::{Checkpoint, CheckpointKind};
+pub use llama2c::{Llama2cFacts, Llama2cKind};
+pub use safetensors::SafetensorsWriter;
+pub use tensor::{Encoding, Tensor, TensorInfo, TensorSpec};

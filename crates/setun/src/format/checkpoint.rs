@@ -1,0 +1,286 @@
+//! An opened model, whatever its container.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use super::gguf::{self, Metadata};
+use super::llama2c::{self, Llama2cFacts};
+use super::mmap::FileBytes;
+use super::safetensors;
+use super::tensor::{Tensor, TensorInfo};
+use crate::error::ModelError;
+
+/// The container a checkpoint came in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CheckpointKind {
+    /// One `.safetensors` file, or a folder of shards with their index.
+    Safetensors,
+    /// One GGUF file.
+    Gguf,
+    /// A llama2.c checkpoint, float or ternary.
+    Llama2c,
+}
+
+/// A model file or folder, opened: its tensors by name, and what it says about itself.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    kind: CheckpointKind,
+    files: Vec<FileBytes>,
+    tensors: Vec<TensorInfo>,
+    places: HashMap<String, usize>,
+    gguf: Option<Metadata>,
+    header: Vec<(String, String)>,
+    llama2c: Option<Llama2cFacts>,
+    on_disk: bool,
+}
+
+impl Checkpoint {
+    /// Opens a model: a folder with safetensors (or one GGUF file), or a file, whose kind is
+    /// decided by its first bytes and not by its name.
+    ///
+    /// Tensor data is mapped, not read; every header is checked against it.
+    ///
+    /// # Errors
+    /// [`ModelError::Read`] if the system refuses; [`ModelError::Format`] for files that break their
+    /// format; [`ModelError::Unsupported`] for versions and containers that are not read.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, ModelError> {
+        let path = path.as_ref();
+        let found = std::fs::metadata(path).map_err(|e| ModelError::read(path, e))?;
+        if !found.is_dir() {
+            return Self::from_file(path, FileBytes::open(path)?, true);
+        }
+        match safetensors::find_in_folder(path)? {
+            safetensors::Found::Single(file) => {
+                let mut checkpoint = Self::from_file(&file, FileBytes::open(&file)?, true)?;
+                checkpoint.path = path.to_owned();
+                Ok(checkpoint)
+            }
+            safetensors::Found::Index(index) => {
+                let (files, tensors) = safetensors::open_sharded(&index)?;
+                let mut checkpoint = Self::new(path, CheckpointKind::Safetensors, files, true);
+                checkpoint.set_tensors(tensors);
+                Ok(checkpoint)
+            }
+        }
+    }
+
+    /// Opens a model that is part of the program; `name` stands for its path in messages.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_bytes(name: &str, bytes: &'static [u8]) -> Result<Self, ModelError> {
+        Self::from_file(Path::new(name), FileBytes::Static(bytes), false)
+    }
+
+    fn new(path: &Path, kind: CheckpointKind, files: Vec<FileBytes>, on_disk: bool) -> Self {
+        Self {
+            path: path.to_owned(),
+            kind,
+            files,
+            tensors: Vec::new(),
+            places: HashMap::new(),
+            gguf: None,
+            header: Vec::new(),
+            llama2c: None,
+            on_disk,
+        }
+    }
+
+    fn from_file(path: &Path, bytes: FileBytes, on_disk: bool) -> Result<Self, ModelError> {
+        if bytes.starts_with(gguf::MAGIC) {
+            let header = gguf::reader::read(path, &bytes)?;
+            let mut checkpoint = Self::new(path, CheckpointKind::Gguf, vec![bytes], on_disk);
+            checkpoint.set_tensors(header.tensors);
+            checkpoint.gguf = Some(header.metadata);
+            return Ok(checkpoint);
+        }
+        if safetensors::looks_like(&bytes) {
+            let header = safetensors::read(path, &bytes)?;
+            let mut checkpoint = Self::new(path, CheckpointKind::Safetensors, vec![bytes], on_disk);
+            checkpoint.set_tensors(header.tensors);
+            checkpoint.header = header.metadata;
+            return Ok(checkpoint);
+        }
+        if llama2c::looks_like(&bytes) {
+            let (facts, tensors) = llama2c::read(path, &bytes)?;
+            let mut checkpoint = Self::new(path, CheckpointKind::Llama2c, vec![bytes], on_disk);
+            checkpoint.set_tensors(tensors);
+            checkpoint.llama2c = Some(facts);
+            return Ok(checkpoint);
+        }
+        let what = if bytes.is_empty() {
+            "the file is empty".to_owned()
+        } else {
+            let start: Vec<String> = bytes.iter().take(8).map(|b| format!("{b:02x}")).collect();
+            format!(
+                "not a model file that is read: it starts with the bytes {}, which is neither GGUF, \
+                 safetensors nor a llama2.c checkpoint",
+                start.join(" ")
+            )
+        };
+        Err(ModelError::unsupported(path, what))
+    }
+
+    fn set_tensors(&mut self, tensors: Vec<TensorInfo>) {
+        self.places = tensors
+            .iter()
+            .enumerate()
+            .map(|(i, t)| (t.name.clone(), i))
+            .collect();
+        self.tensors = tensors;
+    }
+
+    /// The container.
+    pub fn kind(&self) -> CheckpointKind {
+        self.kind
+    }
+
+    /// The file or folder it was opened from, or the name it was given.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The folder beside which `config.json` and tokenizer files are looked for; `None` for a
+    /// model that is part of the program.
+    pub fn folder(&self) -> Option<&Path> {
+        if !self.on_disk {
+            return None;
+        }
+        if self.path.is_dir() {
+            return Some(&self.path);
+        }
+        let parent = self.path.parent()?;
+        Some(if parent.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            parent
+        })
+    }
+
+    /// Every tensor, in file order.
+    pub fn tensors(&self) -> impl ExactSizeIterator<Item = &TensorInfo> {
+        self.tensors.iter()
+    }
+
+    /// A tensor's entry, if it is there.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.places.get(name).map(|&place| &self.tensors[place])
+    }
+
+    /// A tensor with its bytes, if it is there.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] if the bytes hold codes that the encoding does not have.
+    pub fn find(&self, name: &str) -> Result<Option<Tensor<'_>>, ModelError> {
+        self.info(name).map(|info| self.read(info)).transpose()
+    }
+
+    /// A tensor that must be there.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensor`], naming the nearest names that are there; else as
+    /// [`find`](Self::find).
+    pub fn tensor(&self, name: &str) -> Result<Tensor<'_>, ModelError> {
+        self.find(name)?.ok_or_else(|| ModelError::MissingTensor {
+            path: self.path.clone(),
+            name: name.to_owned(),
+            hint: self.hint(name),
+        })
+    }
+
+    fn read<'a>(&'a self, info: &'a TensorInfo) -> Result<Tensor<'a>, ModelError> {
+        let stored = &self.files[info.file][info.range.clone()];
+        let data = llama2c::rewritten(info, stored)?;
+        Ok(Tensor {
+            info: Cow::Borrowed(info),
+            data,
+        })
+    }
+
+    /// Tells the system that a tensor's pages are not needed for now. A hint, for loading tensor by
+    /// tensor in bounded memory; the tensor can be read again.
+    pub fn release(&self, info: &TensorInfo) {
+        if let Some(file) = self.files.get(info.file) {
+            file.release(info.range.clone());
+        }
+    }
+
+    /// The metadata of a GGUF file.
+    pub fn gguf_metadata(&self) -> Option<&Metadata> {
+        self.gguf.as_ref()
+    }
+
+    /// The free-form strings in a safetensors header, in file order.
+    pub fn header_metadata(&self) -> &[(String, String)] {
+        &self.header
+    }
+
+    /// What the header of a llama2.c checkpoint says.
+    pub fn llama2c(&self) -> Option<&Llama2cFacts> {
+        self.llama2c.as_ref()
+    }
+
+    /// The `config.json` beside the weights, parsed; `None` if there is none.
+    ///
+    /// # Errors
+    /// [`ModelError::Read`] if it cannot be read, [`ModelError::Format`] if it is not JSON.
+    pub fn config_json(&self) -> Result<Option<serde_json::Value>, ModelError> {
+        self.json_beside("config.json")
+    }
+
+    /// A JSON file of this name beside the weights, parsed; `None` if there is none.
+    ///
+    /// # Errors
+    /// As [`config_json`](Self::config_json).
+    pub fn json_beside(&self, name: &str) -> Result<Option<serde_json::Value>, ModelError> {
+        let Some(path) = self.folder().map(|folder| folder.join(name)) else {
+            return Ok(None);
+        };
+        let text = match std::fs::read(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(ModelError::read(&path, e)),
+        };
+        let parsed = serde_json::from_slice(&text);
+        parsed
+            .map(Some)
+            .map_err(|e| ModelError::format(&path, format!("not valid JSON: {e}")))
+    }
+
+    /// The names most like `name`: those sharing the most of its dotted parts.
+    fn hint(&self, name: &str) -> String {
+        let wanted: Vec<&str> = name.split('.').collect();
+        let score = |other: &str| {
+            let parts: Vec<&str> = other.split('.').collect();
+            let front = parts
+                .iter()
+                .zip(&wanted)
+                .take_while(|(a, b)| a == b)
+                .count();
+            let back = parts
+                .iter()
+                .rev()
+                .zip(wanted.iter().rev())
+                .take_while(|(a, b)| a == b)
+                .count();
+            front + back
+        };
+        let mut near: Vec<(usize, &str)> = self
+            .tensors
+            .iter()
+            .map(|t| (score(&t.name), t.name.as_str()))
+            .collect();
+        near.sort_by(|a, b| b.0.cmp(&a.0)); // Stable: file order among equals.
+        let names: Vec<String> = near.iter().take(3).map(|(_, n)| format!("`{n}`")).collect();
+        match names.len() {
+            0 => " (the file holds no tensors)".to_owned(),
+            _ => format!(
+                " (there are {} tensors, nearest are {})",
+                self.tensors.len(),
+                names.join(", ")
+            ),
+        }
+    }
+}
