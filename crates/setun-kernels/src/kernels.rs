@@ -25,6 +25,9 @@ static TABLE: &[Kernels] = &[
     Kernels {
         name: "avx512",
         isa: Isa::Avx512,
+        #[cfg(not(feature = "std"))]
+        supported: || false,
+        #[cfg(feature = "std")]
         supported: || {
             is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
@@ -40,11 +43,20 @@ static TABLE: &[Kernels] = &[
     Kernels {
         name: "avx2",
         isa: Isa::Avx2,
+        #[cfg(not(feature = "std"))]
+        supported: || false,
+        #[cfg(feature = "std")]
         supported: || {
-            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
         },
     },
-    Kernels { name: "scalar", isa: Isa::Scalar, supported: || true },
+    Kernels {
+        name: "scalar",
+        isa: Isa::Scalar,
+        supported: || true,
+    },
 ];
 
 impl Kernels {
@@ -55,7 +67,9 @@ impl Kernels {
 
     /// The fastest set this CPU can run.
     pub fn best() -> &'static Kernels {
-        Self::available().next().expect("scalar is always supported")
+        Self::available()
+            .next()
+            .expect("scalar is always supported")
     }
 
     /// The set called `name`, if this CPU can run it.

@@ -5,5 +5,35 @@
 //! [`float`], [`dense`] and [`attention`] are the float steps between; [`threads`] is the pool and
 //! [`peak`] measures the limits of this machine. No notion of model, file or tokenizer lives here.
 
+#![cfg_attr(not(feature = "std"), no_std)]
+
+extern crate alloc;
+
+pub mod matrix;
+pub mod pack;
+pub mod quant;
+
 pub mod kernels;
+
+pub mod ternary;
+
+#[cfg(feature = "std")]
+mod lanes;
+#[cfg(feature = "std")]
+pub mod float;
+#[cfg(feature = "std")]
+pub mod dense;
+#[cfg(feature = "std")]
+pub mod attention;
+#[cfg(feature = "std")]
+mod scratch;
+
+mod buffer;
+#[cfg(feature = "gemm")]
+pub mod gemm;
+pub mod threads;
 pub use kernels::Kernels;
+pub use matrix::{MatrixError, Scales, TernaryMatrix};
+pub use quant::Activations;
+pub use ternary::PackedMatrix;
+pub use threads::Pool;

@@ -1,0 +1,527 @@
+//! The two quantisers of BitNet b1.58 (<https://arxiv.org/abs/2402.17764>, section 2), operation by
+//! operation as the published code rounds: products with reciprocals, ties to even.
+//!
+//! Weights: one absmean scale per tensor, [`absmean_scale`], then [`ternarize_row`]. Activations: one
+//! absmax scale per token, [`Activations`]. Both give the same bits on every kernel and thread count.
+
+use alloc::vec::Vec;
+
+use crate::kernels::{Isa, Kernels};
+use crate::matrix::{MatrixError, Scales, TernaryMatrix};
+use crate::pack::{TRITS_PER_BYTE, ZERO_BYTE};
+use crate::threads::{Pool, SharedMut};
+
+/// The floor of both scales, as in the published code: a clamp, not an added term.
+const EPS: f32 = 1e-5;
+/// Weights per partial sum of [`absmean_scale`]: fixed, so that threads do not change the result.
+const SUM_CHUNK: usize = 1 << 14;
+/// Activation rows are padded with zeros to this many columns.
+pub(crate) const COLUMN_PAD: usize = 64;
+
+/// `Σ |w|` of one chunk, in eight lanes folded in a fixed tree.
+fn abs_sum(chunk: &[f32]) -> f64 {
+    let mut lanes = [0f64; 8];
+    let (groups, rest) = chunk.as_chunks::<8>();
+    for group in groups {
+        for (lane, w) in lanes.iter_mut().zip(group) {
+            *lane += f64::from(w.abs());
+        }
+    }
+    for (lane, w) in lanes.iter_mut().zip(rest) {
+        *lane += f64::from(w.abs());
+    }
+    let [a, b, c, d, e, f, g, h] = lanes;
+    ((a + b) + (c + d)) + ((e + f) + (g + h))
+}
+
+fn scale_of_sum(total: f64, count: usize) -> f32 {
+    ((total / count.max(1) as f64) as f32).max(EPS)
+}
+
+/// `max(mean|w|, 1e-5)`: the scale of the absmean quantiser, summed in `f64`.
+///
+/// A NaN among the weights gives 1e-5, an infinity gives infinity; check for finite weights first.
+pub fn absmean_scale(weights: &[f32]) -> f32 {
+    scale_of_sum(weights.chunks(SUM_CHUNK).map(abs_sum).sum(), weights.len())
+}
+
+/// [`absmean_scale`] on all threads of `pool`, with the same bits.
+pub fn absmean_scale_parallel(weights: &[f32], pool: &Pool) -> f32 {
+    let mut sums = alloc::vec![0f64; weights.len().div_ceil(SUM_CHUNK)];
+    pool.run_chunks_mut(&mut sums, 8, |chunk, sums| {
+        let chunks = weights.chunks(SUM_CHUNK).skip(chunk * 8);
+        for (sum, weights) in sums.iter_mut().zip(chunks) {
+            *sum = abs_sum(weights);
+        }
+    });
+    scale_of_sum(sums.iter().sum(), weights.len())
+}
+
+/// `clamp(round(w · inverse), -1, 1) + 1` without rounding: ties to even put ±0.5 on 0 and ±1.5 on ±2.
+#[inline(always)]
+fn code(w: f32, inverse: f32) -> u8 {
+    let v = w * inverse;
+    1 + u8::from(v > 0.5) - u8::from(v < -0.5)
+}
+
+#[inline(always)]
+fn ternarize_generic(row: &[f32], inverse: f32, codes: &mut [u8]) {
+    let (groups, rest) = row.as_chunks::<32>();
+    let (bytes, last_bytes) = codes.split_at_mut(groups.len() * 8);
+    for (group, bytes) in groups.iter().zip(bytes.as_chunks_mut::<8>().0) {
+        let mut c = [0u8; 32];
+        for (c, &w) in c.iter_mut().zip(group) {
+            *c = code(w, inverse);
+        }
+        for (byte, four) in bytes.iter_mut().zip(c.as_chunks::<4>().0) {
+            // The multiplication puts the four codes side by side in the top byte.
+            *byte = (u32::from_le_bytes(*four).wrapping_mul(0x0104_1040) >> 24) as u8;
+        }
+    }
+    for (byte, four) in last_bytes.iter_mut().zip(rest.chunks(TRITS_PER_BYTE)) {
+        *byte = ZERO_BYTE;
+        for (i, &w) in four.iter().enumerate() {
+            *byte = *byte & !(3 << (2 * i)) | code(w, inverse) << (2 * i);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn ternarize_avx2(row: &[f32], inverse: f32, codes: &mut [u8]) {
+    ternarize_generic(row, inverse, codes);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+fn ternarize_avx512(row: &[f32], inverse: f32, codes: &mut [u8]) {
+    ternarize_generic(row, inverse, codes);
+}
+
+/// Writes the two-bit codes of `clamp(round(w · inverse), -1, 1)` for one row, padding included.
+///
+/// `inverse` is `1 / scale`; `codes` is a quarter as long as `row`, rounded up (else this panics).
+/// A NaN gives the code of 0.
+pub fn ternarize_row(kernels: &Kernels, row: &[f32], inverse: f32, codes: &mut [u8]) {
+    assert_eq!(
+        codes.len(),
+        row.len().div_ceil(TRITS_PER_BYTE),
+        "bytes of codes for a row"
+    );
+    match kernels.isa {
+        // SAFETY: a `Kernels` exists only when its instruction set was found.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { ternarize_avx512(row, inverse, codes) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { ternarize_avx2(row, inverse, codes) },
+        Isa::Scalar => ternarize_generic(row, inverse, codes),
+    }
+}
+
+/// Rounds a weight matrix to ternary: `q = clamp(round(w · (1 / s)), -1, 1)`, `s = max(mean|w|, 1e-5)`.
+///
+/// Returns `q`, same shape, and `s`, one per tensor, so that `w ≈ q · s`. NaNs give 0.
+/// See [`TernaryMatrix::quantize`] for the fast form.
+pub fn quantize_absmean(weights: &[f32]) -> (Vec<i8>, f32) {
+    let scale = absmean_scale(weights);
+    let inverse = 1.0 / scale;
+    (
+        weights
+            .iter()
+            .map(|&w| code(w, inverse) as i8 - 1)
+            .collect(),
+        scale,
+    )
+}
+
+impl TernaryMatrix {
+    /// The absmean quantiser on a row-major `[rows, cols]` matrix, with one scale for the tensor.
+    ///
+    /// # Errors
+    /// [`MatrixError::Length`] and [`MatrixError::TooLarge`].
+    pub fn quantize(
+        kernels: &Kernels,
+        weights: &[f32],
+        rows: usize,
+        cols: usize,
+        pool: &Pool,
+    ) -> Result<Self, MatrixError> {
+        let bytes = rows.checked_mul(cols.div_ceil(TRITS_PER_BYTE));
+        let bytes = bytes.filter(|_| rows.checked_mul(cols) == Some(weights.len()));
+        let Some(bytes) = bytes else {
+            let (expected, found) = (rows.saturating_mul(cols), weights.len());
+            return Err(MatrixError::Length {
+                what: "weights",
+                rows,
+                cols,
+                expected,
+                found,
+            });
+        };
+        let mut matrix = Self::new(
+            rows,
+            cols,
+            alloc::vec![ZERO_BYTE; bytes],
+            Scales::Tensor(1.0),
+        )?;
+        matrix.requantize(kernels, weights, pool);
+        Ok(matrix)
+    }
+
+    /// [`TernaryMatrix::quantize`] into this matrix, for a trainer's every step: nothing is allocated
+    /// but a list of chunks. Panics unless there are `rows · cols` weights.
+    pub fn requantize(&mut self, kernels: &Kernels, weights: &[f32], pool: &Pool) {
+        let (cols, row_bytes) = (self.cols(), self.row_bytes());
+        assert_eq!(
+            weights.len(),
+            self.rows() * cols,
+            "weights of a requantised matrix"
+        );
+        let scale = absmean_scale_parallel(weights, pool);
+        let (codes, scales) = self.parts_mut();
+        *scales = Scales::Tensor(scale);
+        if weights.is_empty() {
+            return;
+        }
+        let rows_per_chunk = SUM_CHUNK.div_ceil(cols);
+        pool.run_chunks_mut(codes, rows_per_chunk * row_bytes, |chunk, codes| {
+            let rows = weights[chunk * rows_per_chunk * cols..].chunks_exact(cols);
+            for (row, codes) in rows.zip(codes.chunks_exact_mut(row_bytes)) {
+                ternarize_row(kernels, row, 1.0 / scale, codes);
+            }
+        });
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+struct Line([i8; COLUMN_PAD]);
+
+/// Int8 activations, `[tokens, cols]`: the quantised input of a ternary matrix product.
+///
+/// Per token, `q = clamp(round(x · a), -128, 127)` with `a = 127 / max(max|x|, 1e-5)`. A token that
+/// holds a NaN or an infinity becomes all zero with an inverse of NaN, so that all its outputs are NaN.
+/// Buffers are kept from one call to the next.
+#[derive(Debug, Clone, Default)]
+pub struct Activations {
+    tokens: usize,
+    cols: usize,
+    /// Lines (of 64 columns) of a token.
+    lines_per_token: usize,
+    lines: Vec<Line>,
+    inverses: Vec<f32>,
+    sums: Vec<i32>,
+}
+
+/// Codes of one token into `q` (as long as `x`). Returns the inverse and the sum of the codes.
+#[inline(always)]
+fn quantize_token(x: &[f32], q: &mut [i8]) -> (f32, i32) {
+    // As integers, magnitudes order like the numbers, with infinities and NaNs above all others.
+    let largest = x
+        .iter()
+        .fold(0, |m: i32, v| m.max((v.to_bits() & 0x7fff_ffff) as i32));
+    let largest = f32::from_bits(largest as u32);
+    if !largest.is_finite() {
+        q.fill(0);
+        return (f32::NAN, 0);
+    }
+    let a = 127.0 / largest.max(EPS);
+    // Adding 1.5 · 2^23 rounds |v| ≤ 128 to an integer in the low mantissa bits, ties to even.
+    const SHIFT: f32 = 12_582_912.0;
+    let mut sum = 0i32;
+    for (q, &v) in q.iter_mut().zip(x) {
+        let rounded = ((v * a + SHIFT).to_bits() as i32 - SHIFT.to_bits() as i32).clamp(-128, 127);
+        *q = rounded as i8;
+        sum += rounded;
+    }
+    (1.0 / a, sum)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn quantize_token_avx2(x: &[f32], q: &mut [i8]) -> (f32, i32) {
+    quantize_token(x, q)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2")]
+fn quantize_token_avx512(x: &[f32], q: &mut [i8]) -> (f32, i32) {
+    quantize_token(x, q)
+}
+
+impl Activations {
+    /// No tokens.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets the shape; rows keep zeros after their last column.
+    fn reshape(&mut self, tokens: usize, cols: usize) {
+        let lines_per_token = cols.div_ceil(COLUMN_PAD);
+        if (self.cols, self.lines_per_token) != (cols, lines_per_token) {
+            self.lines.clear(); // Other columns may have been written where zeros must be.
+        }
+        self.lines
+            .resize(tokens * lines_per_token, Line([0; COLUMN_PAD]));
+        self.inverses.resize(tokens, 0.0);
+        self.sums.resize(tokens, 0);
+        (self.tokens, self.cols, self.lines_per_token) = (tokens, cols, lines_per_token);
+    }
+
+    /// Quantises `x`, `[tokens, cols]`, on `pool` where there is enough of it.
+    ///
+    /// Panics when `x` has another length.
+    pub fn quantize(
+        &mut self,
+        kernels: &Kernels,
+        x: &[f32],
+        tokens: usize,
+        cols: usize,
+        pool: Option<&Pool>,
+    ) {
+        assert_eq!(
+            Some(x.len()),
+            tokens.checked_mul(cols),
+            "activations of {tokens} x {cols}"
+        );
+        self.reshape(tokens, cols);
+        let stride = self.lines_per_token * COLUMN_PAD;
+        let lines = SharedMut::new(&mut self.lines);
+        let inverses = SharedMut::new(&mut self.inverses);
+        let sums = SharedMut::new(&mut self.sums);
+        let one = |t: usize| {
+            // SAFETY: row `t` of `lines`, `cols <= stride` bytes long; `one` runs once for each token.
+            let q = unsafe {
+                core::slice::from_raw_parts_mut(lines.as_ptr().cast::<i8>().add(t * stride), cols)
+            };
+            let x = &x[t * cols..][..cols];
+            let (inverse, sum) = match kernels.isa {
+                // SAFETY: a `Kernels` exists only when its instruction set was found.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 => unsafe { quantize_token_avx512(x, q) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => unsafe { quantize_token_avx2(x, q) },
+                Isa::Scalar => quantize_token(x, q),
+            };
+            // SAFETY: both hold `tokens` values; `one` runs once for each token.
+            unsafe {
+                *inverses.as_ptr().add(t) = inverse;
+                *sums.as_ptr().add(t) = sum;
+            }
+        };
+        // Some 32 K values take longer than a fork.
+        let tokens_per_chunk = (1usize << 15).div_ceil(cols.max(1));
+        match pool {
+            Some(pool) if tokens > tokens_per_chunk => {
+                pool.run(tokens.div_ceil(tokens_per_chunk), &|chunk| {
+                    let first = chunk * tokens_per_chunk;
+                    (first..tokens.min(first + tokens_per_chunk)).for_each(one);
+                });
+            }
+            _ => (0..tokens).for_each(one),
+        }
+    }
+
+    /// Activations from given codes `[tokens, cols]` and one inverse per token.
+    ///
+    /// Panics when the lengths do not agree.
+    pub fn from_i8(codes: &[i8], inverses: &[f32], cols: usize) -> Self {
+        let tokens = inverses.len();
+        assert_eq!(
+            Some(codes.len()),
+            tokens.checked_mul(cols),
+            "activations of {tokens} x {cols}"
+        );
+        let mut this = Self::new();
+        this.reshape(tokens, cols);
+        this.inverses.copy_from_slice(inverses);
+        for t in 0..tokens {
+            let row = &codes[t * cols..][..cols];
+            this.sums[t] = row.iter().map(|&q| i32::from(q)).sum();
+            let lines = &mut this.lines[t * this.lines_per_token..][..this.lines_per_token];
+            for (line, part) in lines.iter_mut().zip(row.chunks(COLUMN_PAD)) {
+                line.0[..part.len()].copy_from_slice(part);
+            }
+        }
+        this
+    }
+
+    /// Tokens (rows).
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The codes of token `t`. Panics when there is no such token.
+    pub fn row(&self, t: usize) -> &[i8] {
+        &self.padded_row(t)[..self.cols]
+    }
+
+    /// The codes of token `t` and the zeros after them, to a multiple of 64.
+    pub(crate) fn padded_row(&self, t: usize) -> &[i8] {
+        assert!(t < self.tokens, "token {t} of {}", self.tokens);
+        let lines = &self.lines[t * self.lines_per_token..][..self.lines_per_token];
+        lines.as_flattened_i8()
+    }
+
+    /// `1 / a = 1 / (127 / m)`: what a code of token `t` is multiplied with to give `x`.
+    pub fn inverse(&self, t: usize) -> f32 {
+        self.inverses[t]
+    }
+
+    /// The sum of the codes of token `t`.
+    pub fn sum(&self, t: usize) -> i32 {
+        self.sums[t]
+    }
+}
+
+trait AsFlattened {
+    fn as_flattened_i8(&self) -> &[i8];
+}
+
+impl AsFlattened for [Line] {
+    fn as_flattened_i8(&self) -> &[i8] {
+        // SAFETY: a `Line` is 64 bytes of `i8` without padding (size and alignment are both 64).
+        unsafe { core::slice::from_raw_parts(self.as_ptr().cast(), self.len() * COLUMN_PAD) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec;
+
+    /// A small deterministic generator.
+    fn noise(n: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let next = |_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..n).map(next).collect()
+    }
+
+    #[test]
+    fn weights_round_ties_to_even_and_clamp() {
+        // Mean of |w| is exactly 1, so ties stay ties.
+        let w = [0.5, -0.5, 1.5, -1.5, 0.75, -0.75, 2.5, 0.0];
+        let (q, scale) = quantize_absmean(&w);
+        assert_eq!(scale, 1.0);
+        assert_eq!(q, [0, 0, 1, -1, 1, -1, 1, 0]);
+        assert_eq!(quantize_absmean(&[]), (vec![], 1e-5));
+        assert_eq!(quantize_absmean(&[0.0, 0.0, 4e-6]), (vec![0, 0, 0], 1e-5));
+    }
+
+    #[test]
+    fn every_kernel_and_thread_count_quantises_weights_like_the_definition() {
+        for (rows, cols) in [(1, 1), (3, 37), (5, 64), (70, 523), (0, 4), (4, 0)] {
+            let w = noise(rows * cols, 5);
+            let (q, scale) = quantize_absmean(&w);
+            let expected =
+                TernaryMatrix::from_trits(rows, cols, &q, Scales::Tensor(scale)).unwrap();
+            for k in Kernels::available() {
+                for threads in 1..4 {
+                    let pool = Pool::new(threads);
+                    let m = TernaryMatrix::quantize(k, &w, rows, cols, &pool).unwrap();
+                    assert_eq!(m, expected, "{} {rows}x{cols}", k.name());
+                }
+            }
+        }
+        assert!(TernaryMatrix::quantize(Kernels::best(), &[1.0], 1, 2, &Pool::new(1)).is_err());
+    }
+
+    #[test]
+    fn the_parallel_scale_has_the_same_bits() {
+        for n in [0, 1, SUM_CHUNK, SUM_CHUNK * 20 + 11] {
+            let w = noise(n, 9);
+            let expected = absmean_scale(&w).to_bits();
+            assert_eq!(
+                absmean_scale_parallel(&w, &Pool::new(3)).to_bits(),
+                expected
+            );
+        }
+    }
+
+    #[test]
+    fn activations_follow_the_definition_on_every_kernel() {
+        for k in Kernels::available() {
+            for cols in (0..70).chain([127, 128, 129, 515]) {
+                // The largest is 127, so a = 1 and halves are ties.
+                let mut x: Vec<f32> = noise(cols * 3, cols as u32);
+                x.iter_mut()
+                    .for_each(|v| *v = (*v * 254.0) as i32 as f32 / 2.0);
+                if cols > 1 {
+                    x[cols - 1] = -127.0;
+                    x[cols] = 1e-30;
+                }
+                let mut a = Activations::new();
+                a.quantize(k, &x, 3, cols, None);
+                for t in 0..3 {
+                    let row = &x[t * cols..][..cols];
+                    let m = row.iter().fold(1e-5f32, |m, v| m.max(v.abs()));
+                    let scale = 127.0 / m;
+                    let q: Vec<i8> = row
+                        .iter()
+                        .map(|v| (v * scale).round_ties_even().clamp(-128.0, 127.0) as i8)
+                        .collect();
+                    assert_eq!(a.row(t), q, "{} cols {cols}", k.name());
+                    assert_eq!(a.inverse(t), 1.0 / scale);
+                    assert_eq!(a.sum(t), q.iter().map(|&q| i32::from(q)).sum::<i32>());
+                    assert!(a.padded_row(t)[cols..].iter().all(|&q| q == 0));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ties_go_to_even() {
+        let x = [127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5];
+        for k in Kernels::available() {
+            let mut a = Activations::new();
+            a.quantize(k, &x, 1, 7, None);
+            assert_eq!(a.row(0), [127, 0, 2, 2, 0, -2, -2]);
+        }
+    }
+
+    #[test]
+    fn non_finite_and_zero_tokens_are_defined() {
+        let (nan, inf) = (f32::NAN, f32::INFINITY);
+        let x = [nan, 1.0, -inf, 1.0, 0.0, -0.0, f32::MAX, -f32::MAX];
+        for k in Kernels::available() {
+            let mut a = Activations::new();
+            a.quantize(k, &x, 4, 2, None);
+            assert!(a.inverse(0).is_nan() && a.inverse(1).is_nan());
+            assert_eq!(
+                (a.row(0), a.row(1), a.row(2)),
+                (&[0, 0][..], &[0, 0][..], &[0, 0][..])
+            );
+            assert_eq!(a.inverse(2), 1.0 / (127.0 / 1e-5));
+            assert_eq!(a.row(3), [127, -127]);
+        }
+    }
+
+    #[test]
+    fn a_reused_buffer_equals_a_fresh_one_on_any_thread_count() {
+        let mut reused = Activations::new();
+        for (tokens, cols, threads) in [(9, 8000, 3), (1, 40, 1), (2, 30, 1), (7, 70, 2), (0, 5, 1)]
+        {
+            let x = noise(tokens * cols + 1, 3);
+            let x = &x[1..]; // Misaligned for vectors.
+            let mut fresh = Activations::new();
+            fresh.quantize(Kernels::best(), x, tokens, cols, None);
+            reused.quantize(Kernels::best(), x, tokens, cols, Some(&Pool::new(threads)));
+            for t in 0..tokens {
+                assert_eq!(reused.padded_row(t), fresh.padded_row(t));
+                assert_eq!(reused.sum(t), fresh.sum(t));
+                let from = Activations::from_i8(fresh.row(t), &[fresh.inverse(t)], cols);
+                assert_eq!(from.padded_row(0), fresh.padded_row(t));
+            }
+        }
+    }
+}
