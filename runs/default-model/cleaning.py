@@ -84,6 +84,7 @@ def single_to_double_quotes(text):
         return text
     text = text.replace('"', "\0")
     text = re.sub(r"(^|[\s(]|--)'(?=[A-Z0-9])", r'\1"', text, flags=re.M)
+    text = re.sub(r"(?<=[,:] )'(?=[a-z])(?!(?:tis|twas|twere|twill|em|til|cause|tain|pon|gainst)\b)", '"', text)
     text = re.sub(r"(?<=[.,!?;:\-])'(?![A-Za-z])", '"', text)
     return text.replace("\0", "'")
 
@@ -128,6 +129,16 @@ def is_fragment(line):
     return len(line) < 70 and bool(re.search(r"[,;]$", line))
 
 
+def close_quotes(section):
+    """A speech of several paragraphs opens each of them with a quote and closes only the last; here every one is closed."""
+    closed = []
+    for paragraph, after in zip(section, section[1:] + [""]):
+        if paragraph.count('"') % 2 and after.startswith('"') and not paragraph.endswith('"') and re.search(r"[.!?]$", paragraph):
+            paragraph += '"'
+        closed.append(paragraph)
+    return closed
+
+
 def book_sections(raw):
     """Sections (chapters, or what lies between two gaps) of a book as lists of clean paragraphs."""
     raw = raw.split(SEPARATOR)[0]
@@ -142,7 +153,7 @@ def book_sections(raw):
         while drop_lead_in and current and not re.search(r"[.!?][\"')]*$", current[-1]):
             current.pop()
         if current:
-            sections.append(current)
+            sections.append(close_quotes(current))
         current = []
 
     for block in text.split("\n\n"):
@@ -188,25 +199,47 @@ def cut(paragraphs):
 
 
 def story_paragraphs(raw):
-    """Paragraphs of a short story: every line of the source is one."""
-    return [p for p in (tidy(line) for line in ascii_fold(raw).split("\n")) if p]
+    """Paragraphs of a short story: every line of the source is one, unless a picture page parted a sentence."""
+    out = []
+    for line in ascii_fold(raw).split("\n"):
+        line = tidy(line)
+        if out and re.match(r"[a-z]", line) and not re.search(r"[.!?][\"')]*$", out[-1]):
+            out[-1] += " " + line
+        elif line:
+            out.append(line)
+    return out
+
+
+# How TinyStories begin. The second kind also begins paragraphs in the middle of a story.
+OPENING = re.compile(
+    r"(?:Once\b|One (?:\w+ )?(?:day|night|morning|evening|afternoon|summer|winter)\b|There (?:was|were|lived|once)|It was an? |In an? |"
+    r"On an? |A (?:little|small|big|long|young|kind|\w+ (?:boy|girl)))")
+NAMED_OPENING = re.compile(r"(?!(?:He|She|It|They|We|You|I|The|This|That|But|And|So|Then|Mom|Dad|Everyone)\b)(?:[A-Z]\w+ and (?:\w+ )?\w+|[A-Z]\w+) (?:was|were|is|are|like|likes|liked|love|loves|loved|lived|had|went|wanted)\b")
 
 
 def split_unseparated(text):
     """Stories of a file without separators: a blank line parts the paragraphs of a story, a mere line end parts two stories.
 
-    A few stories there have no blank lines inside; they fall into single paragraphs, which nothing can join again safely, and
-    are left out.
+    In some stories there a mere line end parts paragraphs as well; so a story ends only where the next line reads like an
+    opening, and a story that holds a line end of which this cannot be told is left out.
     """
-    stories, current, blank = [], [], True
-    for line in text.split("\n") + [""]:
+    pieces, blank = [], True
+    for line in text.split("\n"):
         if not line.strip():
             blank = True
             continue
-        if not blank and current:
-            stories.append(current)
-            current = []
-        current.append(line)
+        if blank and pieces:
+            pieces[-1].append(line)
+        else:
+            pieces.append([line])
         blank = False
-    stories.append(current)
-    return ["\n".join(story) for story in stories if len(story) > 1]
+    stories = []  # [paragraphs, doubtful]
+    for piece in pieces:
+        named = bool(NAMED_OPENING.match(piece[0]))
+        one_paragraph = stories and len(stories[-1][0]) == 1
+        opens = OPENING.match(piece[0]) and (piece[0].startswith("Once") or not one_paragraph)
+        if not stories or opens or (named and len(piece) > 1 and not one_paragraph):
+            stories.append([piece, False])
+        else:
+            stories[-1] = [stories[-1][0] + piece, stories[-1][1] or named]
+    return ["\n".join(story) for story, doubtful in stories if not doubtful and len(story) > 1]
