@@ -7,6 +7,8 @@
 //! Every header is hostile until it is checked: see docs/format.md for what is read, written and refused.
 
 mod checkpoint;
+pub mod decode;
+pub mod encode;
 pub mod gguf;
 mod llama2c;
 mod mmap;
@@ -15,6 +17,8 @@ mod safetensors;
 mod tensor;
 
 pub use checkpoint::{Checkpoint, CheckpointKind};
+pub use decode::{ScaleConvention, hf_packed_to_ternary};
+pub use encode::{Scaling, encode_floats, encode_hf_packed, encode_ternary};
 pub use llama2c::{Llama2cFacts, Llama2cKind};
 pub use safetensors::SafetensorsWriter;
 pub use tensor::{Encoding, Tensor, TensorInfo, TensorSpec};

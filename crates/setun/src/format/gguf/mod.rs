@@ -9,7 +9,7 @@ pub(crate) mod reader;
 pub mod types;
 pub mod writer;
 
-pub use metadata::{Array, Metadata, Value};
+pub use metadata::{Array, Metadata, Value, required};
 pub use writer::GgufWriter;
 
 /// The first four bytes of every GGUF file.
