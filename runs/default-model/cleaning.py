@@ -49,10 +49,11 @@ def ascii_fold(text):
 
 
 def tidy(line):
-    """White space to single blanks, '' and ,, to double quotes, no blank before a stop."""
+    """White space to single blanks, '' to double quotes, no blank before a stop or inside it 's and did n't."""
     line = line.replace("''", '"')
     line = re.sub(r"\s+", " ", line).strip()
     line = re.sub(r" +([,.;:!?])(?=\s|$|[\"'])", r"\1", line)
+    line = re.sub(r"(?<=[A-Za-z]) (?='(?:s|ll|m|re|ve|d)\b)|(?<=[a-z]) (?=n't\b)", "", line)
     line = re.sub(r"\.( \.){2,}", "...", line)
     return line
 
@@ -122,6 +123,17 @@ def lower_emphasis(paragraph, is_name):
     return re.sub(r"\b[A-Z]{2,}(?:'[A-Z]+)?\b", lower, paragraph)
 
 
+LINE_START = re.compile(
+    r"[a-z'][,;:]? (?:To|And|The|For|With|That|As|But|In|Of|When|Or|So|Who|Which|Where|If|Is|Are|Must|By|From|On|At|Then|Than|Yet|Nor|Not|My|"
+    r"Your|His|Her|Its|Our|Their|No|All|Have|Has|Be|Can|May|Just|They|She|We|You|It|This|These|Until|Before|While|How|Because)\b(?! [A-Z])")
+
+
+def is_joined_verse(line):
+    """Verse whose lines were joined: capitals keep beginning small words in the middle of sentences."""
+    starts = len(LINE_START.findall(line))
+    return starts > 0 and len(line.split()) <= 18 * starts
+
+
 def is_fragment(line):
     """A line of verse set as a paragraph, or half a sentence that a picture or a page break parted from its other half."""
     if re.match(r"[a-z.,;:]", line) or not re.search(r"[.!?:;,\-][\"')]*$", line):
@@ -165,7 +177,7 @@ def book_sections(raw):
             skip = any(MATTER.match(line) for line in lines)
         elif skip:
             continue
-        elif len(lines) > 1 or FURNITURE.search(block) or not block.isascii() or is_fragment(lines[0]):
+        elif len(lines) > 1 or FURNITURE.search(block) or not block.isascii() or is_fragment(lines[0]) or is_joined_verse(lines[0]):
             close(drop_lead_in=True)
         else:
             line = lines[0] if current else lower_first_capitals(lines[0], is_name)

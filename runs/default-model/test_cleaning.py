@@ -26,6 +26,13 @@ class Cleaning(unittest.TestCase):
         raw = "\n\n".join(["I", PROSE, "Then he sang:", "Tra la,\nla la!", PROSE])
         self.assertEqual([1, 1], [len(s) for s in cleaning.book_sections(raw)])
 
+    def test_joined_verse_is_told_from_prose(self):
+        self.assertTrue(cleaning.is_joined_verse("The imp of mischief, dear to me, Is always busy as a bee."))
+        self.assertFalse(cleaning.is_joined_verse('He said, "The fox is here." Then Peter Rabbit and the King of Oz ran.'))
+
+    def test_parted_contractions_are_joined(self):
+        self.assertEqual("It's so, I'm sure, and she didn't go to 'Sleepy'.", cleaning.tidy("It 's so, I 'm sure, and she did n't go to 'Sleepy'."))
+
     def test_capitals_at_a_chapter_start_and_for_emphasis_become_small(self):
         self.assertEqual("One hot day Tom ran.", cleaning.lower_first_capitals("ONE hot day Tom ran.", lambda w: False))
         self.assertEqual("You must go, Anne.", cleaning.lower_emphasis("You MUST go, ANNE.", lambda w: w == "anne"))
