@@ -108,6 +108,28 @@ pub enum ModelError {
         /// "is missing", "is a string, but an integer is expected".
         what: String,
     },
+    /// A sequence would outgrow the context.
+    #[error("the context is full: {used} tokens so far and {more} more do not fit into {limit} positions; shorten the \
+             prompt, or start a new sequence")]
+    ContextFull {
+        /// Positions filled.
+        used: usize,
+        /// Tokens that were to be added.
+        more: usize,
+        /// Positions there are.
+        limit: usize,
+    },
+    /// A token id that the vocabulary does not have.
+    #[error("token id {id} is outside the vocabulary of {vocab_size}")]
+    UnknownToken {
+        /// The id.
+        id: u32,
+        /// Ids there are.
+        vocab_size: usize,
+    },
+    /// There is nothing to continue.
+    #[error("the prompt has no tokens, and a model needs at least one to continue from")]
+    EmptyPrompt,
     /// A field of the model's configuration is absent.
     #[error("config field `{field}` is missing")]
     ConfigMissing {

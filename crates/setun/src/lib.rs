@@ -1,6 +1,20 @@
 //! Setun: read, convert and run language models whose weights are −1, 0 and +1.
 //!
-//! The modules follow the way of the data: a file is opened by [`format`].
+//! The modules follow the way of the data: a file is opened by [`format`], described by [`config`], its tensors found
+//! by [`weights`]; [`tokenizer`] and [`chat`] turn text into ids; [`model`] is the forward pass over [`ops`], which
+//! [`cpu`] executes with a [`kv_cache`]; [`engine`] holds a loaded model and its sequences, [`sampler`] picks the next
+//! token, [`generate`] puts them together. [`error`] says why something could not be done.
 
 pub mod error;
 pub mod format;
+pub mod config;
+pub mod weights;
+pub mod tokenizer;
+pub mod chat;
+pub mod ops;
+pub mod model;
+pub mod cpu;
+pub mod kv_cache;
+pub mod engine;
+pub mod sampler;
+pub mod generate;

@@ -1,0 +1,3 @@
+//! The `setun` command.
+
+fn main() {}

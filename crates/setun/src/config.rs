@@ -1,0 +1,364 @@
+//! What a model is: shape and numerics, from `config.json`, GGUF metadata or a trainer's settings.
+//!
+//! Invariants are checked once, in [`ModelConfig::check`], which every constructor ends with; later code relies on
+//! them. A missing key is an error that names it, except where a family fixes the value (one table, `Family`).
+
+mod gguf;
+mod huggingface;
+mod rope;
+
+pub use rope::{Rope, RopeScaling, RopeTable};
+
+use crate::error::ModelError;
+use crate::format::{Checkpoint, Llama2cFacts, Llama2cKind};
+use crate::ops::Attention;
+
+/// The nonlinearity of a feed-forward layer's gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Activation {
+    /// `x · sigmoid(x)`, Llama's and Qwen's.
+    Silu,
+    /// `max(x, 0)²`, BitNet-2B-4T's.
+    Relu2,
+}
+
+/// Families whose blocks this version builds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// Llama blocks: RMS norm, GQA, gated feed-forward. Falcon-E and HF1BitLLM models are of this family.
+    Llama,
+    /// Llama with a sliding window.
+    Mistral,
+    /// Llama with biases on q, k and v, and windows on the upper layers.
+    Qwen2,
+    /// `BitNetForCausalLM` (2B-4T): SubLN, squared ReLU.
+    BitNet,
+    /// The first BitNet b1.58 models (1bitLLM) and their kin: SubLN, SiLU.
+    BitNetSilu,
+}
+
+/// How the linear layers are computed.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Numerics {
+    /// Everything in floating point.
+    Float,
+    /// BitNet's W1.58A8: ternary weights, activations rounded to int8 per token.
+    Ternary(Ternary),
+}
+
+/// Which layers are ternary, and what their tensors hold.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ternary {
+    /// What the file holds for a ternary layer.
+    pub storage: Storage,
+    /// Layers left in float, by `modules_to_not_convert`'s rules; `None`: all but the output head.
+    pub exceptions: Option<Exceptions>,
+}
+
+/// What a file holds for a ternary layer. GGUF types say it themselves; for safetensors the config does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Storage {
+    /// Float master weights, ternarised by absmean at load (`quantization_mode: online`).
+    Masters,
+    /// Ternary codes with a `weight_scale` that the product is divided by, 1/γ (`linear_class: bitlinear`).
+    Divide,
+    /// Ternary codes with a `weight_scale` that the product is multiplied by, γ (`linear_class: autobitlinear`).
+    Multiply,
+    /// The tensor's own type (GGUF).
+    SelfDescribed,
+}
+
+/// `modules_to_not_convert`, compiled.
+#[derive(Debug, Clone)]
+pub struct Exceptions {
+    names: Vec<String>,
+    patterns: Vec<regex::Regex>,
+}
+
+impl PartialEq for Exceptions {
+    fn eq(&self, other: &Self) -> bool {
+        self.names == other.names
+    }
+}
+
+impl Exceptions {
+    /// # Errors
+    /// When a name is neither plain nor a valid regular expression.
+    pub fn new(names: Vec<String>) -> Result<Self, ModelError> {
+        let patterns = names.iter().map(|name| {
+            let pattern = format!(r"^(?:{name})(?:\.|$)");
+            regex::RegexBuilder::new(&pattern).size_limit(1 << 20).build().map_err(|_| ModelError::ConfigValue {
+                field: "quantization_config.modules_to_not_convert".into(),
+                found: format!("`{name}`"),
+                expected: "a module name or a regular expression".into(),
+            })
+        });
+        Ok(Self { patterns: patterns.collect::<Result<_, _>>()?, names })
+    }
+
+    /// A name matches as a prefix up to a dot, as a regular expression with such a boundary, or as a suffix.
+    fn contains(&self, module: &str) -> bool {
+        self.names.iter().any(|name| module.ends_with(name.as_str()))
+            || self.patterns.iter().any(|pattern| pattern.is_match(module))
+    }
+
+    /// The names as given.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+}
+
+/// A model's shape and numerics. Read it freely; constructors guarantee what [`ModelConfig::check`] checks.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct ModelConfig {
+    /// Which family's blocks.
+    pub family: Family,
+    /// Rows of the embedding.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the feed-forward layer.
+    pub intermediate_size: usize,
+    /// Number of blocks.
+    pub num_layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Width of one head; `heads * head_dim` may differ from `hidden_size`.
+    pub head_dim: usize,
+    /// Positions the model was made for.
+    pub max_positions: usize,
+    /// ε of every block norm.
+    pub rms_norm_eps: f32,
+    /// Output head shared with the embedding.
+    pub tied: bool,
+    /// Gate activation.
+    pub activation: Activation,
+    /// Position encoding.
+    pub rope: Rope,
+    /// Sliding window of each layer.
+    pub windows: Vec<Option<usize>>,
+    /// BitNet's norms before the output and down projections.
+    pub sub_norms: bool,
+    /// ε of the norm inside every ternary linear layer (`use_rms_norm`), where there is one.
+    pub inner_norm_eps: Option<f32>,
+    /// Biases on q, k and v.
+    pub qkv_bias: bool,
+    /// Bias on the output projection.
+    pub output_bias: bool,
+    /// Biases on gate, up and down.
+    pub mlp_bias: bool,
+    /// How linear layers are computed.
+    pub numerics: Numerics,
+    /// Start-of-text id, where the file names one.
+    pub bos: Option<u32>,
+    /// Ids that end generation.
+    pub eos: Vec<u32>,
+}
+
+/// The numbers that make a fresh model (see [`ModelConfig::fresh`]).
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shape {
+    /// Rows of the embedding.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the feed-forward layer.
+    pub intermediate_size: usize,
+    /// Number of blocks.
+    pub num_layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Longest context.
+    pub max_positions: usize,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// Output head shared with the embedding.
+    pub tied: bool,
+    /// BitNet's norms before the output and down projections.
+    pub sub_norms: bool,
+    /// Gate activation.
+    pub activation: Activation,
+}
+
+impl ModelConfig {
+    /// A model to be trained from nothing: ternary (BitNet b1.58) or its float twin of the same shape.
+    ///
+    /// # Errors
+    /// When the shape contradicts itself, naming the field.
+    pub fn fresh(shape: &Shape, ternary: bool) -> Result<Self, ModelError> {
+        let head_dim = shape.hidden_size.checked_div(shape.heads).unwrap_or(0);
+        let config = Self {
+            family: match (shape.sub_norms, shape.activation) {
+                (true, Activation::Relu2) => Family::BitNet,
+                (true, Activation::Silu) => Family::BitNetSilu,
+                (false, _) => Family::Llama,
+            },
+            vocab_size: shape.vocab_size,
+            hidden_size: shape.hidden_size,
+            intermediate_size: shape.intermediate_size,
+            num_layers: shape.num_layers,
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
+            head_dim,
+            max_positions: shape.max_positions,
+            rms_norm_eps: 1e-5,
+            tied: shape.tied,
+            activation: shape.activation,
+            rope: Rope::new(shape.rope_theta, head_dim),
+            windows: vec![None; shape.num_layers.min(MAX_LAYERS)],
+            sub_norms: shape.sub_norms,
+            inner_norm_eps: None,
+            qkv_bias: false,
+            output_bias: false,
+            mlp_bias: false,
+            numerics: match ternary {
+                true => Numerics::Ternary(Ternary { storage: Storage::Masters, exceptions: None }),
+                false => Numerics::Float,
+            },
+            bos: None,
+            eos: Vec::new(),
+        };
+        config.check()
+    }
+
+    /// The configuration of a checkpoint, from wherever its container keeps it.
+    ///
+    /// # Errors
+    /// As [`ModelConfig::from_json`] and [`ModelConfig::from_gguf`]; a safetensors file without a `config.json` beside it.
+    pub fn of(file: &Checkpoint) -> Result<Self, ModelError> {
+        if let Some(meta) = file.gguf_metadata() {
+            return Self::from_gguf(file, meta);
+        }
+        if let Some(facts) = file.llama2c() {
+            return Self::from_llama2c(facts);
+        }
+        let json = file.config_json()?.ok_or_else(|| {
+            let what = "there is no config.json beside it, so the model's shape is unknown: put the one it came with there";
+            ModelError::Unsupported { path: file.path().to_owned(), what: what.into() }
+        })?;
+        let mut config = Self::from_json(&json)?;
+        // Generation settings may name more end tokens than the model's own config does (`<|eot_id|>`).
+        if let Some(ids) = file.json_beside("generation_config.json")?.as_ref().and_then(|g| g.get("eos_token_id")) {
+            let ids = ids.as_array().map_or(std::slice::from_ref(ids), Vec::as_slice);
+            for id in ids.iter().filter_map(serde_json::Value::as_u64).filter(|&id| id < config.vocab_size as u64) {
+                if !config.eos.contains(&(id as u32)) {
+                    config.eos.push(id as u32);
+                }
+            }
+        }
+        Ok(config)
+    }
+
+    /// llama2.c checkpoints say only their sizes; the program that made them fixes the rest.
+    fn from_llama2c(facts: &Llama2cFacts) -> Result<Self, ModelError> {
+        let ternary = facts.kind == Llama2cKind::Ternary;
+        let shape = Shape {
+            vocab_size: facts.vocab,
+            hidden_size: facts.dim,
+            intermediate_size: facts.hidden_dim,
+            num_layers: facts.layers,
+            heads: facts.heads,
+            kv_heads: facts.kv_heads,
+            max_positions: facts.seq_len,
+            rope_theta: 10000.0,
+            tied: facts.tied,
+            // The ternary ones normalise the input of every linear layer, which is where SubLN has its norms.
+            sub_norms: ternary,
+            activation: Activation::Silu,
+        };
+        // Ids of the SentencePiece vocabularies these models are trained with.
+        let config = Self { bos: Some(1), eos: vec![1, 2], ..Self::fresh(&shape, ternary)? };
+        config.check()
+    }
+
+    /// Whether the linear layer `module` (`model.layers.0.mlp.up_proj`, `lm_head`) is ternary.
+    pub fn is_ternary(&self, module: &str) -> bool {
+        match &self.numerics {
+            Numerics::Float => false,
+            Numerics::Ternary(Ternary { exceptions: None, .. }) => module != "lm_head",
+            Numerics::Ternary(Ternary { exceptions: Some(listed), .. }) => !listed.contains(module),
+        }
+    }
+
+    /// Attention as layer `layer` does it.
+    pub fn attention(&self, layer: usize) -> Attention {
+        Attention {
+            layer,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            scale: 1.0 / (self.head_dim as f32).sqrt(),
+            window: self.windows[layer],
+        }
+    }
+
+    /// Parameters, embeddings counted once when tied; biases and norms included.
+    pub fn parameters(&self) -> usize {
+        let (h, f) = (self.hidden_size, self.intermediate_size);
+        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let biases = [(self.qkv_bias, q + 2 * kv), (self.output_bias, h), (self.mlp_bias, 2 * f + h)];
+        let biases: usize = biases.iter().map(|&(on, n)| if on { n } else { 0 }).sum();
+        let norms = 2 * h + if self.sub_norms { q + f } else { 0 };
+        let layer = h * (q + 2 * kv) + q * h + 3 * h * f + norms + biases;
+        self.vocab_size * h * (2 - usize::from(self.tied)) + self.num_layers * layer + h
+    }
+
+    /// Weights of the linear layers inside the blocks: what a ternary model stores in trits.
+    pub fn block_weights(&self) -> usize {
+        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        self.num_layers * self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
+    }
+
+    /// The last step of every constructor: what later code relies on.
+    pub(crate) fn check(self) -> Result<Self, ModelError> {
+        let sizes = [
+            ("vocab_size", self.vocab_size, 1 << 24),
+            ("hidden_size", self.hidden_size, 1 << 20),
+            ("intermediate_size", self.intermediate_size, 1 << 22),
+            ("num_hidden_layers", self.num_layers, MAX_LAYERS),
+            ("num_attention_heads", self.heads, 1 << 14),
+            ("num_key_value_heads", self.kv_heads, 1 << 14),
+            ("head_dim", self.head_dim, 1 << 14),
+            ("max_position_embeddings", self.max_positions, 1 << 31),
+        ];
+        for (field, value, most) in sizes {
+            if value == 0 || value > most {
+                return Err(value_error(field, value, format!("a number from 1 to {most}")));
+            }
+        }
+        if !self.heads.is_multiple_of(self.kv_heads) {
+            let expected = format!("a divisor of num_attention_heads = {}", self.heads);
+            return Err(value_error("num_key_value_heads", self.kv_heads, expected));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return Err(value_error("head_dim", self.head_dim, "an even number, since RoPE rotates pairs"));
+        }
+        if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
+            return Err(value_error("rms_norm_eps", self.rms_norm_eps, "a small positive number"));
+        }
+        if self.windows.len() != self.num_layers {
+            return Err(value_error("layer_types", self.windows.len(), format!("{} layers", self.num_layers)));
+        }
+        if self.windows.contains(&Some(0)) {
+            return Err(value_error("sliding_window", 0, "at least 1"));
+        }
+        if let Some(id) = self.bos.iter().chain(&self.eos).find(|&&id| id as usize >= self.vocab_size) {
+            return Err(value_error("bos_token_id / eos_token_id", id, format!("below vocab_size = {}", self.vocab_size)));
+        }
+        self.rope.check(self.head_dim)?;
+        Ok(self)
+    }
+}
+
+const MAX_LAYERS: usize = 4096;
+
+fn value_error(field: &str, found: impl ToString, expected: impl Into<String>) -> ModelError {
+    ModelError::ConfigValue { field: field.into(), found: found.to_string(), expected: expected.into() }
+}

@@ -1,0 +1,281 @@
+//! A model's configuration from GGUF metadata, and back.
+//!
+//! GGUF says some things by which tensors are there (biases, an untied head, Llama 3's frequency divisors), so the
+//! reader takes the whole checkpoint. Keys: ../../docs/format.md.
+
+use super::rope::{Rope, RopeScaling, yarn_attention};
+use super::{Activation, Family, ModelConfig, Numerics, Storage, Ternary, value_error};
+use crate::error::ModelError;
+use crate::format::gguf::{Array, Metadata, Value, required};
+use crate::format::{Checkpoint, Encoding};
+
+/// Families by `general.architecture`, and the name written for each.
+const ARCHITECTURES: &[(&str, Family)] = &[
+    ("llama", Family::Llama),
+    ("llama", Family::Mistral),
+    ("qwen2", Family::Qwen2),
+    ("bitnet-b1.58", Family::BitNet),
+    ("bitnet-25", Family::BitNet),
+    ("bitnet", Family::BitNetSilu),
+];
+
+impl ModelConfig {
+    /// Reads a GGUF checkpoint's metadata and tensor list.
+    ///
+    /// # Errors
+    /// For an architecture or rope type this version does not build, a missing key, or contradictory values.
+    pub fn from_gguf(file: &Checkpoint, meta: &Metadata) -> Result<Self, ModelError> {
+        let arch = required("general.architecture", meta.str("general.architecture")?)?;
+        let &(_, family) = ARCHITECTURES.iter().find(|(name, _)| *name == arch).ok_or_else(|| {
+            let expected = "one of `llama`, `qwen2`, `bitnet`, `bitnet-25` and `bitnet-b1.58`, the ones this version runs";
+            value_error("general.architecture", arch, expected)
+        })?;
+        let keys = Keys { meta, arch };
+        let family = match (family, keys.size("attention.sliding_window")?) {
+            (Family::Llama, Some(1..)) => Family::Mistral,
+            _ => family,
+        };
+        let (hidden_size, heads) = (keys.need_size("embedding_length")?, keys.need_size("attention.head_count")?);
+        let num_layers = keys.need_size("block_count")?;
+        let head_dim = match keys.size("attention.key_length")? {
+            Some(given) => given,
+            None if heads > 0 && hidden_size % heads == 0 => hidden_size / heads,
+            None => {
+                let expected = format!("a multiple of {arch}.attention.head_count = {heads}");
+                return Err(value_error(&keys.name("embedding_length"), hidden_size, expected));
+            }
+        };
+        if let Some(value_dim) = keys.size("attention.value_length")?.filter(|&n| n != head_dim) {
+            let expected = format!("{head_dim}, as attention.key_length is");
+            return Err(value_error(&keys.name("attention.value_length"), value_dim, expected));
+        }
+        let has = |name: &str| file.info(name).is_some();
+        let max_positions = keys.need_size("context_length")?;
+        let tokenizer_id = |key: &str| -> Result<Option<u32>, ModelError> {
+            Ok(meta.u64(&format!("tokenizer.ggml.{key}"))?.and_then(|id| u32::try_from(id).ok()))
+        };
+        let mut eos: Vec<u32> = Vec::new();
+        for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
+            eos.extend(tokenizer_id(key)?.filter(|id| !eos.contains(id)));
+        }
+        let config = Self {
+            family,
+            vocab_size: match keys.size("vocab_size")? {
+                Some(given) => given,
+                None => file.tensor("token_embd.weight")?.shape().first().copied().unwrap_or(0),
+            },
+            hidden_size,
+            intermediate_size: keys.need_size("feed_forward_length")?,
+            num_layers,
+            heads,
+            kv_heads: keys.per_layer("attention.head_count_kv", num_layers)?.unwrap_or(heads),
+            head_dim,
+            max_positions,
+            rms_norm_eps: required(
+                &keys.name("attention.layer_norm_rms_epsilon"),
+                keys.float("attention.layer_norm_rms_epsilon")?,
+            )?,
+            tied: !has("output.weight"),
+            activation: if family == Family::BitNet { Activation::Relu2 } else { Activation::Silu },
+            rope: rope(&keys, file, head_dim, max_positions)?,
+            windows: match keys.size("attention.sliding_window")? {
+                Some(window @ 1..) => vec![Some(window); num_layers.min(super::MAX_LAYERS)],
+                _ => vec![None; num_layers.min(super::MAX_LAYERS)],
+            },
+            sub_norms: matches!(family, Family::BitNet | Family::BitNetSilu),
+            inner_norm_eps: match has("blk.0.attn_q.rms_norm.weight") {
+                true => Some(keys.float("attention.inner_norm_rms_epsilon")?.unwrap_or(1e-6)),
+                false => None,
+            },
+            qkv_bias: has("blk.0.attn_q.bias"),
+            output_bias: has("blk.0.attn_output.bias"),
+            mlp_bias: has("blk.0.ffn_up.bias"),
+            numerics: match is_ternary(file, family) {
+                true => Numerics::Ternary(Ternary { storage: Storage::SelfDescribed, exceptions: None }),
+                false => Numerics::Float,
+            },
+            bos: tokenizer_id("bos_token_id")?,
+            eos,
+        };
+        config.check()
+    }
+
+    /// The metadata that [`ModelConfig::from_gguf`] reads back to the same configuration, without tokenizer keys.
+    ///
+    /// # Errors
+    /// When GGUF has no key for something this configuration needs, naming it.
+    pub fn to_gguf(&self) -> Result<Vec<(String, Value)>, ModelError> {
+        let arch = match self.family {
+            // Names differ by activation, not by class: a SubLN model with SiLU is `bitnet` whoever trained it.
+            Family::BitNet => "bitnet-b1.58",
+            Family::BitNetSilu => "bitnet",
+            Family::Qwen2 => "qwen2",
+            Family::Llama | Family::Mistral => "llama",
+        };
+        let fixed = if self.family == Family::BitNet { Activation::Relu2 } else { Activation::Silu };
+        if self.activation != fixed {
+            return Err(value_error("hidden_act", format!("{:?}", self.activation), format!("what GGUF `{arch}` fixes")));
+        }
+        let window = self.windows[0];
+        if self.windows.iter().any(|w| *w != window) {
+            return Err(value_error("layer_types", "mixed", "one window for all layers, which is all GGUF can say"));
+        }
+        let mut out = vec![("general.architecture".to_owned(), Value::String(arch.into()))];
+        let mut put = |key: &str, value: Value| out.push((format!("{arch}.{key}"), value));
+        let size = |n: usize| Value::U32(n as u32);
+        put("vocab_size", size(self.vocab_size));
+        put("context_length", size(self.max_positions));
+        put("embedding_length", size(self.hidden_size));
+        put("block_count", size(self.num_layers));
+        put("feed_forward_length", size(self.intermediate_size));
+        put("attention.head_count", size(self.heads));
+        put("attention.head_count_kv", size(self.kv_heads));
+        put("attention.key_length", size(self.head_dim));
+        put("attention.value_length", size(self.head_dim));
+        put("attention.layer_norm_rms_epsilon", Value::F32(self.rms_norm_eps));
+        put("rope.freq_base", Value::F32(self.rope.theta as f32));
+        put("rope.dimension_count", size(self.rope.rotary_dim));
+        if let Some(window) = window {
+            put("attention.sliding_window", size(window));
+        }
+        if let Some(eps) = self.inner_norm_eps {
+            put("attention.inner_norm_rms_epsilon", Value::F32(eps));
+        }
+        match &self.rope.scaling {
+            // Llama 3's scaling is the tensor `rope_freqs.weight`, as explicit divisors are.
+            RopeScaling::Default | RopeScaling::Divisors(_) | RopeScaling::Llama3 { .. } => {}
+            RopeScaling::Linear { factor } => {
+                put("rope.scaling.type", Value::String("linear".into()));
+                put("rope.scaling.factor", Value::F32(*factor as f32));
+            }
+            RopeScaling::Yarn { factor, original, beta_fast, beta_slow, attention_factor, truncate: true } => {
+                put("rope.scaling.type", Value::String("yarn".into()));
+                put("rope.scaling.factor", Value::F32(*factor as f32));
+                put("rope.scaling.original_context_length", size(*original));
+                put("rope.scaling.yarn_beta_fast", Value::F32(*beta_fast as f32));
+                put("rope.scaling.yarn_beta_slow", Value::F32(*beta_slow as f32));
+                // The key holds a factor on top of YaRN's own.
+                let own = yarn_attention(*factor, None, None);
+                put("rope.scaling.attn_factor", Value::F32((attention_factor / own) as f32));
+            }
+            RopeScaling::Yarn { .. } => {
+                return Err(value_error("rope_scaling.truncate", false, "true, which is all GGUF can say"));
+            }
+            RopeScaling::Dynamic { .. } => {
+                return Err(value_error("rope_scaling.rope_type", "dynamic", "a type GGUF has a name for"));
+            }
+        }
+        Ok(out)
+    }
+
+    /// Divisors of the rotary frequencies that GGUF keeps in `rope_freqs.weight`, where this configuration has any.
+    pub fn rope_divisors(&self) -> Option<Vec<f32>> {
+        match &self.rope.scaling {
+            RopeScaling::Divisors(divisors) => Some(divisors.clone()),
+            RopeScaling::Llama3 { .. } => {
+                let plain = Rope { scaling: RopeScaling::Default, ..self.rope.clone() }.frequencies(0).0;
+                Some(plain.iter().zip(self.rope.frequencies(0).0).map(|(f, scaled)| f / scaled).collect())
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether GGUF stores this family's q and k rows in neighbouring-pair order.
+    pub(crate) fn gguf_interleaves_rotary_pairs(&self) -> bool {
+        matches!(self.family, Family::Llama | Family::Mistral)
+    }
+}
+
+/// Metadata under one architecture's prefix.
+struct Keys<'a> {
+    meta: &'a Metadata,
+    arch: &'a str,
+}
+
+impl Keys<'_> {
+    fn name(&self, key: &str) -> String {
+        format!("{}.{key}", self.arch)
+    }
+
+    fn size(&self, key: &str) -> Result<Option<usize>, ModelError> {
+        let name = self.name(key);
+        let Some(value) = self.meta.u64(&name)? else { return Ok(None) };
+        usize::try_from(value).map(Some).map_err(|_| value_error(&name, value, "a size this machine can hold"))
+    }
+
+    fn need_size(&self, key: &str) -> Result<usize, ModelError> {
+        required(&self.name(key), self.size(key)?)
+    }
+
+    fn float(&self, key: &str) -> Result<Option<f32>, ModelError> {
+        self.meta.f32(&self.name(key))
+    }
+
+    /// A size that may be given per layer, so long as all layers agree.
+    fn per_layer(&self, key: &str, layers: usize) -> Result<Option<usize>, ModelError> {
+        let name = self.name(key);
+        let Some(values) = self.meta.get(&name).and_then(Value::as_array).and_then(Array::to_u64s) else {
+            return self.size(key);
+        };
+        match values.split_first() {
+            Some((first, rest)) if values.len() == layers && rest.iter().all(|v| v == first) => {
+                Ok(Some(usize::try_from(*first).unwrap_or(usize::MAX)))
+            }
+            _ => Err(value_error(&name, format!("{values:?}"), format!("one value, the same for all {layers} layers"))),
+        }
+    }
+}
+
+/// Ternary by its tensors; a BitNet architecture is ternary even where a file stores float copies of the weights.
+fn is_ternary(file: &Checkpoint, family: Family) -> bool {
+    matches!(family, Family::BitNet | Family::BitNetSilu)
+        || file.tensors().any(|t| t.name.starts_with("blk.") && t.encoding.is_ternary())
+}
+
+fn rope(keys: &Keys, file: &Checkpoint, head_dim: usize, max_positions: usize) -> Result<Rope, ModelError> {
+    let theta = keys.float("rope.freq_base")?.unwrap_or(10000.0);
+    let rotary_dim = keys.size("rope.dimension_count")?.unwrap_or(head_dim);
+    let kind = keys.meta.str(&keys.name("rope.scaling.type"))?;
+    let factor = match keys.float("rope.scaling.factor")? {
+        Some(factor) => Some(factor),
+        None => keys.float("rope.scale_linear")?,
+    };
+    let scaling = match (kind, factor) {
+        (Some("none"), _) | (None, None | Some(0.0)) => RopeScaling::Default,
+        (Some("linear") | None, Some(factor)) => RopeScaling::Linear { factor: f64::from(factor) },
+        (Some("yarn"), Some(factor)) => {
+            let factor = f64::from(factor);
+            let extra = keys.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
+            let original = match keys.size("rope.scaling.original_context_length")? {
+                Some(original) => original,
+                None => (max_positions as f64 / factor) as usize,
+            };
+            RopeScaling::Yarn {
+                factor,
+                original,
+                beta_fast: f64::from(keys.float("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0)),
+                beta_slow: f64::from(keys.float("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0)),
+                attention_factor: f64::from(extra) * yarn_attention(factor, None, None),
+                truncate: true,
+            }
+        }
+        (Some(_), None) => {
+            return Err(ModelError::Metadata { key: keys.name("rope.scaling.factor"), what: "is missing".into() });
+        }
+        (Some(other), _) => {
+            return Err(value_error(&keys.name("rope.scaling.type"), other, "`none`, `linear` or `yarn`"));
+        }
+    };
+    let scaling = match (file.find("rope_freqs.weight")?, scaling) {
+        (None, scaling) => scaling,
+        (Some(divisors), RopeScaling::Default) if divisors.info.encoding == Encoding::F32 => {
+            RopeScaling::Divisors(divisors.to_f32()?)
+        }
+        (Some(_), RopeScaling::Default) => return Err(value_error("rope_freqs.weight", "not F32", "F32")),
+        (Some(_), _) => {
+            let key = keys.name("rope.scaling.type");
+            return Err(value_error(&key, kind.unwrap_or_default(), "absent beside a tensor `rope_freqs.weight`"));
+        }
+    };
+    Ok(Rope { theta: f64::from(theta), rotary_dim, scaling })
+}

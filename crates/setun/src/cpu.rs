@@ -1,0 +1,316 @@
+//! The CPU executor: packed weights, integer products, KV cache.
+
+use setun_kernels::Kernels;
+use setun_kernels::attention::AttentionShape;
+use setun_kernels::dense::{DenseData, DenseMatrix};
+use setun_kernels::quant::Activations;
+use setun_kernels::ternary::PackedMatrix;
+use setun_kernels::threads::Pool;
+
+use crate::config::{Activation, ModelConfig, RopeTable};
+use crate::error::ModelError;
+use crate::kv_cache::KvCache;
+use crate::model::{Role, Source};
+use crate::ops::{Attention, Linear, Ops, Tap};
+use crate::weights::{Weight, Weights};
+
+/// A matrix ready to multiply.
+#[derive(Debug)]
+pub enum CpuMatrix {
+    /// Ternary, in the layout of one kernel; inputs are rounded to int8 per token.
+    Ternary(PackedMatrix),
+    /// Floating point.
+    Dense(DenseMatrix),
+}
+
+impl CpuMatrix {
+    /// Bytes that one multiplication reads.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Ternary(matrix) => matrix.bytes(),
+            Self::Dense(matrix) => matrix.bytes(),
+        }
+    }
+}
+
+/// What ternary layers multiply with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ActivationType {
+    /// int8 per token, as BitNet b1.58 is trained.
+    #[default]
+    Int8,
+    /// Float: ternary weights are expanded. Slow; for models trained so, and for comparison.
+    Float,
+}
+
+/// Reads a checkpoint's tensors into the layouts of one kernel.
+pub struct CpuSource<'a> {
+    weights: Weights<'a>,
+    kernels: &'static Kernels,
+    pool: &'a Pool,
+    activations: ActivationType,
+}
+
+impl<'a> CpuSource<'a> {
+    /// A source over `weights` for `kernels`.
+    pub fn new(weights: Weights<'a>, kernels: &'static Kernels, pool: &'a Pool, activations: ActivationType) -> Self {
+        Self { weights, kernels, pool, activations }
+    }
+}
+
+impl Source for CpuSource<'_> {
+    type Matrix = CpuMatrix;
+    type Vector = Vec<f32>;
+
+    fn matrix(&mut self, name: &str, rows: usize, cols: usize, role: Role) -> Result<CpuMatrix, ModelError> {
+        Ok(match (self.weights.matrix(name, rows, cols, role)?, self.activations) {
+            (Weight::Dense(matrix), _) => CpuMatrix::Dense(matrix),
+            (Weight::Ternary(matrix), ActivationType::Int8) => {
+                CpuMatrix::Ternary(PackedMatrix::pack(&matrix, self.kernels, self.pool))
+            }
+            (Weight::Ternary(matrix), ActivationType::Float) => {
+                let mut values = vec![0.0; rows * cols];
+                for (r, row) in values.chunks_mut(cols.max(1)).enumerate() {
+                    matrix.dequantize_row(r, row);
+                }
+                let dense = DenseMatrix::new(rows, cols, DenseData::F32(values));
+                CpuMatrix::Dense(dense.map_err(|e| ModelError::tensor(name, e.to_string()))?)
+            }
+        })
+    }
+
+    fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+        self.weights.vector(name, len)
+    }
+}
+
+/// Activations `[tokens, width]`.
+#[derive(Debug)]
+pub struct Buf {
+    pub(crate) data: Vec<f32>,
+    pub(crate) width: usize,
+}
+
+/// One sequence's share of a batch: its cache, and how many of the batch's rows are its new tokens.
+#[derive(Debug)]
+pub struct Part<'a> {
+    /// Keys and values so far; new ones are appended by the pass.
+    pub cache: &'a mut KvCache,
+    /// Rows of the batch that belong to it.
+    pub tokens: usize,
+    /// Length that the sequence will have when its whole prompt is read, which dynamic RoPE scaling depends on.
+    pub length: usize,
+}
+
+/// Memory that a pass needs and the next one reuses.
+#[derive(Debug)]
+pub struct Workspace {
+    free: Vec<Vec<f32>>,
+    activations: Activations,
+    rope: RopeTable,
+}
+
+impl Workspace {
+    /// An empty workspace for models with the position encoding of `config`.
+    pub fn new(config: &ModelConfig) -> Self {
+        Self { free: Vec::new(), activations: Activations::new(), rope: RopeTable::new(&config.rope) }
+    }
+
+    fn buf(&mut self, tokens: usize, width: usize) -> Buf {
+        let mut data = self.free.pop().unwrap_or_default();
+        data.resize(tokens * width, 0.0);
+        Buf { data, width }
+    }
+}
+
+/// Executes a model on the CPU for one batch.
+pub struct CpuOps<'a, 'c> {
+    kernels: &'static Kernels,
+    pool: &'a Pool,
+    work: &'a mut Workspace,
+    parts: &'a mut [Part<'c>],
+    tokens: usize,
+    taps: Option<&'a mut Vec<(Tap, Vec<f32>)>>,
+}
+
+/// Work below this many floats is not worth a fork.
+const SERIAL: usize = 1 << 14;
+
+impl<'a, 'c> CpuOps<'a, 'c> {
+    /// An executor for the rows of `parts`, in order. Makes room in their caches, which it panics without (limits are
+    /// the caller's to check). With `taps`, block outputs are recorded there.
+    pub fn new(
+        kernels: &'static Kernels,
+        pool: &'a Pool,
+        work: &'a mut Workspace,
+        parts: &'a mut [Part<'c>],
+        taps: Option<&'a mut Vec<(Tap, Vec<f32>)>>,
+    ) -> Self {
+        for part in parts.iter_mut() {
+            part.cache.reserve(part.tokens);
+        }
+        let tokens = parts.iter().map(|part| part.tokens).sum();
+        Self { kernels, pool, work, parts, tokens, taps }
+    }
+
+    /// Counts the batch's tokens into the caches: the last step of a pass.
+    pub fn finish(self) {
+        for part in self.parts {
+            part.cache.advance(part.tokens);
+        }
+    }
+
+    fn by_rows(&self, data: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+        let rows = (SERIAL / width.max(1)).max(1);
+        self.pool.run_chunks_mut(data, rows * width, |chunk, part| {
+            for (i, row) in part.chunks_mut(width).enumerate() {
+                f(chunk * rows + i, row);
+            }
+        });
+    }
+}
+
+impl Ops for CpuOps<'_, '_> {
+    type Buf = Buf;
+    type Matrix = CpuMatrix;
+    type Vector = Vec<f32>;
+
+    fn embed(&mut self, table: &CpuMatrix, ids: &[u32]) -> Buf {
+        let CpuMatrix::Dense(table) = table else { unreachable!("embeddings are read as Role::Embedding, always dense") };
+        let mut out = self.work.buf(ids.len(), table.cols());
+        for (row, &id) in out.data.chunks_mut(table.cols()).zip(ids) {
+            table.row_f32(id as usize, row);
+        }
+        out
+    }
+
+    fn rms_norm(&mut self, x: &Buf, weight: &Vec<f32>, eps: f32) -> Buf {
+        let mut out = self.work.buf(self.rows(x), x.width);
+        let (kernels, width) = (self.kernels, x.width);
+        self.by_rows(&mut out.data, width, |t, row| {
+            kernels.rms_norm(&x.data[t * width..(t + 1) * width], Some(weight), eps, row);
+        });
+        out
+    }
+
+    fn linear<const N: usize>(&mut self, x: &Buf, layers: [&Linear<CpuMatrix, Vec<f32>>; N]) -> [Buf; N] {
+        let tokens = self.rows(x);
+        let rows = |matrix: &CpuMatrix| match matrix {
+            CpuMatrix::Ternary(matrix) => matrix.rows(),
+            CpuMatrix::Dense(matrix) => matrix.rows(),
+        };
+        let mut out = layers.map(|layer| self.work.buf(tokens, rows(&layer.matrix)));
+        let mut packed: Vec<&PackedMatrix> = Vec::with_capacity(N);
+        let mut packed_out: Vec<&mut [f32]> = Vec::with_capacity(N);
+        for (layer, out) in layers.iter().zip(&mut out) {
+            match &layer.matrix {
+                CpuMatrix::Ternary(matrix) => {
+                    packed.push(matrix);
+                    packed_out.push(&mut out.data);
+                }
+                CpuMatrix::Dense(matrix) => matrix.matmul(self.kernels, &x.data, tokens, &mut out.data, self.pool),
+            }
+        }
+        if !packed.is_empty() {
+            self.work.activations.quantize(self.kernels, &x.data, tokens, x.width, Some(self.pool));
+            PackedMatrix::matmul_group(&packed, &self.work.activations, &mut packed_out, self.pool);
+        }
+        for (layer, out) in layers.iter().zip(&mut out) {
+            if let Some(bias) = &layer.bias {
+                for row in out.data.chunks_mut(out.width) {
+                    self.kernels.add_assign(row, bias);
+                }
+            }
+        }
+        out
+    }
+
+    fn rope(&mut self, mut x: Buf, heads: usize, head_dim: usize) -> Buf {
+        let mut first = 0;
+        for part in self.parts.iter() {
+            let start = part.cache.len();
+            self.work.rope.prepare(part.length.max(start + part.tokens));
+            let (table, kernels) = (&self.work.rope, self.kernels);
+            let rows = &mut x.data[first * x.width..(first + part.tokens) * x.width];
+            self.by_rows(rows, x.width, |t, row| {
+                let (cos, sin) = table.at(start + t);
+                kernels.rope(row, heads, head_dim, cos, sin);
+            });
+            first += part.tokens;
+        }
+        x
+    }
+
+    fn attention(&mut self, q: Buf, k: Buf, v: Buf, shape: Attention) -> Buf {
+        let mut out = self.work.buf(self.tokens, q.width);
+        let kernel_shape = AttentionShape {
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            scale: shape.scale,
+            window: shape.window,
+        };
+        let mut first = 0;
+        for part in self.parts.iter_mut() {
+            let start = part.cache.len();
+            for t in 0..part.tokens {
+                let row = (first + t) * k.width..(first + t + 1) * k.width;
+                part.cache.put(self.kernels, shape.layer, start + t, &k.data[row.clone()], &v.data[row]);
+            }
+            let (keys, values, capacity) = part.cache.layer(shape.layer);
+            let rows = first * q.width..(first + part.tokens) * q.width;
+            let (q, out) = (&q.data[rows.clone()], &mut out.data[rows]);
+            self.kernels.attention(&kernel_shape, q, start, keys, values, capacity, out, self.pool);
+            first += part.tokens;
+        }
+        for buf in [q, k, v] {
+            self.release(buf);
+        }
+        out
+    }
+
+    fn gate(&mut self, gate: Buf, up: Buf, activation: Activation) -> Buf {
+        let mut out = self.work.buf(self.rows(&gate), gate.width);
+        let (kernels, width) = (self.kernels, gate.width);
+        self.by_rows(&mut out.data, width, |t, row| {
+            let (gate, up) = (&gate.data[t * width..(t + 1) * width], &up.data[t * width..(t + 1) * width]);
+            match activation {
+                Activation::Silu => kernels.silu_gate(gate, up, row),
+                Activation::Relu2 => kernels.relu2_gate(gate, up, row),
+            }
+        });
+        self.release(gate);
+        self.release(up);
+        out
+    }
+
+    fn add(&mut self, mut x: Buf, y: Buf) -> Buf {
+        let (kernels, width) = (self.kernels, x.width);
+        self.by_rows(&mut x.data, width, |t, row| kernels.add_assign(row, &y.data[t * width..(t + 1) * width]));
+        self.release(y);
+        x
+    }
+
+    fn tap(&mut self, name: Tap, x: &Buf) {
+        if let Some(taps) = &mut self.taps {
+            taps.push((name, x.data.clone()));
+        }
+    }
+
+    fn release(&mut self, x: Buf) {
+        self.work.free.push(x.data);
+    }
+}
+
+impl CpuOps<'_, '_> {
+    fn rows(&self, x: &Buf) -> usize {
+        x.data.len() / x.width.max(1)
+    }
+
+    /// A buffer with only row `t` of `x`: the one whose logits are asked for.
+    pub(crate) fn row(&mut self, x: &Buf, t: usize) -> Buf {
+        let mut out = self.work.buf(1, x.width);
+        out.data.copy_from_slice(&x.data[t * x.width..(t + 1) * x.width]);
+        out
+    }
+}

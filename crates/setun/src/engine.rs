@@ -1,0 +1,225 @@
+//! A loaded model and the sequences it runs: prefill in batches, decode token by token.
+
+use std::path::Path;
+
+use setun_kernels::Kernels;
+use setun_kernels::threads::{Pool, physical_cores_allowed};
+
+use crate::config::ModelConfig;
+use crate::cpu::{ActivationType, CpuMatrix, CpuOps, CpuSource, Part, Workspace};
+use crate::error::ModelError;
+use crate::format::Checkpoint;
+use crate::kv_cache::{KvCache, KvType};
+use crate::model::Model;
+use crate::ops::{Linear, Tap};
+use crate::weights::Weights;
+
+/// How to load and run a model. The defaults are the fastest that keep the model's own numerics.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct EngineOptions {
+    /// Kernel set, the fastest if `None`.
+    pub kernels: Option<&'static Kernels>,
+    /// Threads, one per physical core the process may use if `None`.
+    pub threads: Option<usize>,
+    /// What ternary layers multiply with.
+    pub activations: ActivationType,
+}
+
+/// Tokens that one prefill pass takes at most: long enough for matrix kernels, short enough for the cache.
+pub const PREFILL_BATCH: usize = 512;
+
+/// A model in memory, ready to run any number of sequences.
+#[derive(Debug)]
+pub struct Engine {
+    model: Model<CpuMatrix, Vec<f32>>,
+    kernels: &'static Kernels,
+    pool: Pool,
+}
+
+impl Engine {
+    /// Opens and loads the model at `path`: a file or a folder.
+    ///
+    /// # Errors
+    /// When it cannot be read with certainty; the error names the file, tensor or field.
+    pub fn open(path: impl AsRef<Path>, options: &EngineOptions) -> Result<Self, ModelError> {
+        let file = Checkpoint::open(path)?;
+        Self::load(&file, ModelConfig::of(&file)?, options)
+    }
+
+    /// Loads an opened checkpoint as `config` describes it.
+    ///
+    /// # Errors
+    /// When a tensor is missing, has another shape, or cannot be decoded.
+    pub fn load(file: &Checkpoint, config: ModelConfig, options: &EngineOptions) -> Result<Self, ModelError> {
+        let kernels = options.kernels.unwrap_or_else(Kernels::best);
+        let pool = Pool::new(options.threads.unwrap_or_else(physical_cores_allowed));
+        let weights = Weights::new(file, &config);
+        let mut source = CpuSource::new(weights, kernels, &pool, options.activations);
+        let model = Model::build(config.clone(), &mut source)?;
+        Ok(Self { model, kernels, pool })
+    }
+
+    /// An engine around weights made elsewhere: random ones for a benchmark, a trainer's for a check.
+    pub fn from_model(model: Model<CpuMatrix, Vec<f32>>, options: &EngineOptions) -> Self {
+        let kernels = options.kernels.unwrap_or_else(Kernels::best);
+        Self { model, kernels, pool: Pool::new(options.threads.unwrap_or_else(physical_cores_allowed)) }
+    }
+
+    /// The model's shape and numerics.
+    pub fn config(&self) -> &ModelConfig {
+        &self.model.config
+    }
+
+    /// The kernel set in use.
+    pub fn kernels(&self) -> &'static Kernels {
+        self.kernels
+    }
+
+    /// The thread pool.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Bytes of weights that decoding one token reads: every matrix once, one row of an embedding that is not the head.
+    pub fn bytes_per_token(&self) -> usize {
+        let model = &self.model;
+        let linear = |l: &Linear<CpuMatrix, Vec<f32>>| l.matrix.bytes() + l.bias.as_ref().map_or(0, |b| 4 * b.len());
+        let layers = model.layers.iter().map(|l| {
+            [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].map(linear).iter().sum::<usize>()
+        });
+        layers.sum::<usize>() + linear(model.head.as_ref().unwrap_or(&model.embed))
+    }
+
+    /// A new sequence of at most `limit` positions (the model's own limit if `None`).
+    pub fn session(&self, kv: KvType, limit: Option<usize>) -> Session<'_> {
+        let config = self.config();
+        let limit = limit.unwrap_or(config.max_positions);
+        Session { engine: self, cache: KvCache::new(config, kv, limit), work: Workspace::new(config), logits: Vec::new() }
+    }
+}
+
+/// What a pass records besides logits.
+pub type Taps = Vec<(Tap, Vec<f32>)>;
+
+/// One sequence: its cache, and the logits after its last token.
+#[derive(Debug)]
+pub struct Session<'e> {
+    engine: &'e Engine,
+    cache: KvCache,
+    work: Workspace,
+    logits: Vec<f32>,
+}
+
+impl<'e> Session<'e> {
+    /// The engine it runs on.
+    pub fn engine(&self) -> &'e Engine {
+        self.engine
+    }
+
+    /// Tokens seen so far.
+    pub fn len(&self) -> usize {
+        self.cache.len()
+    }
+
+    /// Whether no token was seen yet.
+    pub fn is_empty(&self) -> bool {
+        self.cache.is_empty()
+    }
+
+    /// Positions left before the context is full.
+    pub fn room(&self) -> usize {
+        self.cache.limit() - self.cache.len()
+    }
+
+    /// Bytes that the cache takes now.
+    pub fn cache_bytes(&self) -> usize {
+        self.cache.bytes()
+    }
+
+    /// Forgets everything after the first `len` tokens.
+    pub fn truncate(&mut self, len: usize) {
+        self.cache.truncate(len);
+    }
+
+    /// Logits `[vocab_size]` after the last token fed.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// Reads `ids` in batches of [`PREFILL_BATCH`] and returns the logits after the last one.
+    ///
+    /// # Errors
+    /// [`ModelError::ContextFull`] when they do not fit, [`ModelError::UnknownToken`] for an id outside the vocabulary;
+    /// nothing is fed then. An empty prompt is [`ModelError::EmptyPrompt`].
+    pub fn feed(&mut self, ids: &[u32]) -> Result<&[f32], ModelError> {
+        self.feed_in_batches(ids, PREFILL_BATCH)
+    }
+
+    /// [`Session::feed`] with another batch size; the logits have the same bits whatever it is.
+    ///
+    /// # Errors
+    /// As [`Session::feed`].
+    pub fn feed_in_batches(&mut self, ids: &[u32], batch: usize) -> Result<&[f32], ModelError> {
+        self.check(ids)?;
+        let length = self.cache.len() + ids.len();
+        for chunk in ids.chunks(batch.max(1)) {
+            let last = self.cache.len() + chunk.len() == length;
+            self.pass(chunk, length, if last { Want::Last } else { Want::Nothing }, None);
+        }
+        Ok(&self.logits)
+    }
+
+    /// Logits of every position of `ids`, `[ids.len(), vocab_size]`, in one pass; with `taps`, block outputs too.
+    ///
+    /// # Errors
+    /// As [`Session::feed`].
+    pub fn feed_all(&mut self, ids: &[u32], taps: Option<&mut Taps>) -> Result<&[f32], ModelError> {
+        self.check(ids)?;
+        let length = self.cache.len() + ids.len();
+        self.pass(ids, length, Want::All, taps);
+        Ok(&self.logits)
+    }
+
+    fn check(&self, ids: &[u32]) -> Result<(), ModelError> {
+        if ids.is_empty() {
+            return Err(ModelError::EmptyPrompt);
+        }
+        if ids.len() > self.room() {
+            return Err(ModelError::ContextFull {
+                used: self.cache.len(),
+                more: ids.len(),
+                limit: self.cache.limit(),
+            });
+        }
+        let vocab_size = self.engine.config().vocab_size;
+        match ids.iter().find(|&&id| id as usize >= vocab_size) {
+            Some(&id) => Err(ModelError::UnknownToken { id, vocab_size }),
+            None => Ok(()),
+        }
+    }
+
+    fn pass(&mut self, ids: &[u32], length: usize, want: Want, taps: Option<&mut Taps>) {
+        let Engine { model, kernels, pool } = self.engine;
+        let mut parts = [Part { cache: &mut self.cache, tokens: ids.len(), length }];
+        let mut ops = CpuOps::new(kernels, pool, &mut self.work, &mut parts, taps);
+        let mut hidden = model.hidden(&mut ops, ids);
+        if want == Want::Last {
+            hidden = ops.row(&hidden, ids.len() - 1);
+        }
+        if want != Want::Nothing {
+            let logits = model.logits(&mut ops, &hidden);
+            self.logits.clear();
+            self.logits.extend_from_slice(&logits.data);
+            crate::ops::Ops::release(&mut ops, logits);
+        }
+        crate::ops::Ops::release(&mut ops, hidden);
+        ops.finish();
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Want {
+    Nothing,
+    Last,
+    All,
+}

@@ -1,0 +1,116 @@
+//! Text in, text out: prompt, sampling loop, streaming, stop conditions, speed.
+
+use std::time::{Duration, Instant};
+
+use crate::engine::Session;
+use crate::error::ModelError;
+use crate::sampler::Sampler;
+use crate::tokenizer::{StreamDecoder, Tokenizer};
+
+/// When to stop.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// New tokens at most.
+    pub max_tokens: usize,
+    /// Ids that end the text; they are not printed.
+    pub stop_ids: Vec<u32>,
+}
+
+/// Why generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// The model produced an end token.
+    EndOfText,
+    /// `max_tokens` were produced.
+    MaxTokens,
+    /// The context has no room for another token.
+    ContextFull,
+    /// The receiver of the text asked for it.
+    Asked,
+}
+
+/// What a generation did, and how fast.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// Tokens of the prompt that were read.
+    pub prompt_tokens: usize,
+    /// Tokens produced, without the end token.
+    pub new_ids: Vec<u32>,
+    /// Time to read the prompt and have the first logits.
+    pub prefill: Duration,
+    /// Time for everything after.
+    pub decode: Duration,
+    /// Why it ended.
+    pub stop: Stop,
+}
+
+impl Report {
+    /// Tokens of the prompt read per second.
+    pub fn prefill_rate(&self) -> f64 {
+        self.prompt_tokens as f64 / self.prefill.as_secs_f64().max(1e-9)
+    }
+
+    /// Tokens produced per second after the first.
+    pub fn decode_rate(&self) -> f64 {
+        self.new_ids.len().saturating_sub(1) as f64 / self.decode.as_secs_f64().max(1e-9)
+    }
+}
+
+/// Feeds `prompt` to `session` and samples until a limit; `emit` receives pieces of text, never half a character, and
+/// returns whether to go on.
+///
+/// # Errors
+/// When the prompt is empty, does not fit the context, or holds an unknown id; when a token cannot be decoded; and
+/// what `emit` fails with, as [`ModelError::Write`].
+pub fn generate(
+    session: &mut Session,
+    tokenizer: &Tokenizer,
+    prompt: &[u32],
+    sampler: &mut Sampler,
+    limits: &Limits,
+    emit: &mut dyn FnMut(&str) -> bool,
+) -> Result<Report, ModelError> {
+    let started = Instant::now();
+    session.feed(prompt)?;
+    let prefill = started.elapsed();
+    for &id in prompt {
+        sampler.accept(id);
+    }
+    // The decoder sees the prompt too, so that a first word keeps its space.
+    let mut stream = StreamDecoder::new(tokenizer, true);
+    for &id in prompt {
+        stream.push(id)?;
+    }
+    let mut new_ids = Vec::new();
+    let mut logits = Vec::new();
+    let started = Instant::now();
+    let stop = loop {
+        if new_ids.len() == limits.max_tokens {
+            break Stop::MaxTokens;
+        }
+        logits.clear();
+        logits.extend_from_slice(session.logits());
+        let id = sampler.sample(&mut logits);
+        sampler.accept(id);
+        if limits.stop_ids.contains(&id) {
+            break Stop::EndOfText;
+        }
+        new_ids.push(id);
+        let text = stream.push(id)?;
+        if !text.is_empty() && !emit(&text) {
+            break Stop::Asked;
+        }
+        if new_ids.len() == limits.max_tokens {
+            break Stop::MaxTokens;
+        }
+        if session.room() == 0 {
+            break Stop::ContextFull;
+        }
+        session.feed(&[id])?;
+    };
+    let rest = stream.finish()?;
+    if !rest.is_empty() {
+        emit(&rest);
+    }
+    Ok(Report { prompt_tokens: prompt.len(), new_ids, prefill, decode: started.elapsed(), stop })
+}

@@ -1,0 +1,213 @@
+//! The forward pass, once, for every family and every executor.
+//!
+//! A [`Model`] is the tree of its weights; [`Model::build`] is the only place that knows which tensors a configuration asks
+//! for, and [`Model::hidden`] the only place that knows in which order they are used. Both are generic: `M` and `V` are a
+//! matrix and a vector as an executor holds them (see [`crate::ops`]).
+
+use crate::config::ModelConfig;
+use crate::error::ModelError;
+use crate::ops::{Linear, Ops, Tap};
+
+/// What a matrix is for, which decides how it is stored and multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The token embedding, `[vocab_size, hidden_size]`; also the output head of a tied model.
+    Embedding,
+    /// A linear layer whose weights are ternary.
+    Ternary,
+    /// A linear layer in floating point.
+    Float,
+}
+
+/// Where weights come from: a file, a random initialisation, a checkpoint.
+pub trait Source {
+    /// Matrices as the executor wants them.
+    type Matrix;
+    /// Vectors as the executor wants them.
+    type Vector;
+
+    /// The matrix `name` (Hugging Face spelling, ending in `.weight`), `[rows, cols]`.
+    ///
+    /// # Errors
+    /// When it is absent, of another shape, or not decodable.
+    fn matrix(&mut self, name: &str, rows: usize, cols: usize, role: Role) -> Result<Self::Matrix, ModelError>;
+
+    /// The vector `name` of `len` elements.
+    ///
+    /// # Errors
+    /// When it is absent, of another shape, or not decodable.
+    fn vector(&mut self, name: &str, len: usize) -> Result<Self::Vector, ModelError>;
+}
+
+/// One block: attention, then a gated feed-forward layer, each behind a residual.
+#[derive(Debug, Clone)]
+pub struct Layer<M, V> {
+    /// Norm before attention.
+    pub attn_norm: V,
+    /// Query projection, `[heads * head_dim, hidden_size]`.
+    pub q: Linear<M, V>,
+    /// Key projection, `[kv_heads * head_dim, hidden_size]`.
+    pub k: Linear<M, V>,
+    /// Value projection, `[kv_heads * head_dim, hidden_size]`.
+    pub v: Linear<M, V>,
+    /// BitNet's SubLN over the concatenated heads, before the output projection.
+    pub attn_sub_norm: Option<V>,
+    /// Output projection, `[hidden_size, heads * head_dim]`.
+    pub o: Linear<M, V>,
+    /// Norm before the feed-forward layer.
+    pub mlp_norm: V,
+    /// Gate projection, `[intermediate_size, hidden_size]`.
+    pub gate: Linear<M, V>,
+    /// Up projection, `[intermediate_size, hidden_size]`.
+    pub up: Linear<M, V>,
+    /// BitNet's SubLN before the down projection.
+    pub ffn_sub_norm: Option<V>,
+    /// Down projection, `[hidden_size, intermediate_size]`.
+    pub down: Linear<M, V>,
+}
+
+/// A decoder-only language model.
+#[derive(Debug, Clone)]
+pub struct Model<M, V> {
+    /// Its shape and numerics.
+    pub config: ModelConfig,
+    /// Token embedding, `[vocab_size, hidden_size]`; the output head too when tied.
+    pub embed: Linear<M, V>,
+    /// The blocks, in order.
+    pub layers: Vec<Layer<M, V>>,
+    /// Final norm.
+    pub norm: V,
+    /// Output head, `[vocab_size, hidden_size]`; absent when tied to the embedding.
+    pub head: Option<Linear<M, V>>,
+}
+
+impl<M, V> Model<M, V> {
+    /// Asks `source` for every tensor that `config` implies, in the order of the forward pass.
+    ///
+    /// # Errors
+    /// The source's first refusal.
+    pub fn build(config: ModelConfig, source: &mut impl Source<Matrix = M, Vector = V>) -> Result<Self, ModelError> {
+        let c = &config;
+        let embed = source.matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size, Role::Embedding)?;
+        let layers = (0..c.num_layers).map(|n| Layer::build(c, n, source)).collect::<Result<_, _>>()?;
+        let norm = source.vector("model.norm.weight", c.hidden_size)?;
+        let head = match c.tied {
+            true => None,
+            false => Some(linear(c, source, "lm_head", c.vocab_size, c.hidden_size, false)?),
+        };
+        Ok(Self { embed: Linear { matrix: embed, bias: None, norm: None }, layers, norm, head, config })
+    }
+
+    /// Hidden states `[tokens, hidden_size]` after the final norm, for the batch that `ops` was told about.
+    pub fn hidden<O: Ops<Matrix = M, Vector = V>>(&self, ops: &mut O, ids: &[u32]) -> O::Buf {
+        let mut x = ops.embed(&self.embed.matrix, ids);
+        ops.tap(Tap::Embed, &x);
+        for (n, layer) in self.layers.iter().enumerate() {
+            x = layer.forward(&self.config, n, ops, x);
+            ops.tap(Tap::Layer(n), &x);
+        }
+        let normed = ops.rms_norm(&x, &self.norm, self.config.rms_norm_eps);
+        ops.release(x);
+        ops.tap(Tap::FinalNorm, &normed);
+        normed
+    }
+
+    /// Logits `[rows, vocab_size]` of hidden states as [`Model::hidden`] returns them.
+    pub fn logits<O: Ops<Matrix = M, Vector = V>>(&self, ops: &mut O, hidden: &O::Buf) -> O::Buf {
+        let [logits] = project(&self.config, ops, hidden, [self.head.as_ref().unwrap_or(&self.embed)]);
+        logits
+    }
+}
+
+impl<M, V> Layer<M, V> {
+    fn build(c: &ModelConfig, n: usize, source: &mut impl Source<Matrix = M, Vector = V>) -> Result<Self, ModelError> {
+        let (hidden, ffn) = (c.hidden_size, c.intermediate_size);
+        let (q_out, kv_out) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let name = |part: &str| format!("model.layers.{n}.{part}");
+        let linear = |source: &mut _, part: &str, rows, cols, bias| linear(c, source, &name(part), rows, cols, bias);
+        Ok(Self {
+            attn_norm: source.vector(&name("input_layernorm.weight"), hidden)?,
+            q: linear(source, "self_attn.q_proj", q_out, hidden, c.qkv_bias)?,
+            k: linear(source, "self_attn.k_proj", kv_out, hidden, c.qkv_bias)?,
+            v: linear(source, "self_attn.v_proj", kv_out, hidden, c.qkv_bias)?,
+            attn_sub_norm: optional(c.sub_norms, source, &name("self_attn.attn_sub_norm.weight"), q_out)?,
+            o: linear(source, "self_attn.o_proj", hidden, q_out, c.output_bias)?,
+            mlp_norm: source.vector(&name("post_attention_layernorm.weight"), hidden)?,
+            gate: linear(source, "mlp.gate_proj", ffn, hidden, c.mlp_bias)?,
+            up: linear(source, "mlp.up_proj", ffn, hidden, c.mlp_bias)?,
+            ffn_sub_norm: optional(c.sub_norms, source, &name("mlp.ffn_sub_norm.weight"), ffn)?,
+            down: linear(source, "mlp.down_proj", hidden, ffn, c.mlp_bias)?,
+        })
+    }
+
+    fn forward<O: Ops<Matrix = M, Vector = V>>(&self, c: &ModelConfig, n: usize, ops: &mut O, x: O::Buf) -> O::Buf {
+        let normed = ops.rms_norm(&x, &self.attn_norm, c.rms_norm_eps);
+        let [q, k, v] = project(c, ops, &normed, [&self.q, &self.k, &self.v]);
+        ops.release(normed);
+        let (q, k) = (ops.rope(q, c.heads, c.head_dim), ops.rope(k, c.kv_heads, c.head_dim));
+        let mixed = ops.attention(q, k, v, c.attention(n));
+        let mixed = sub_norm(c, ops, mixed, self.attn_sub_norm.as_ref());
+        let [attn] = project(c, ops, &mixed, [&self.o]);
+        ops.release(mixed);
+        let x = ops.add(x, attn);
+
+        let normed = ops.rms_norm(&x, &self.mlp_norm, c.rms_norm_eps);
+        let [gate, up] = project(c, ops, &normed, [&self.gate, &self.up]);
+        ops.release(normed);
+        let gated = ops.gate(gate, up, c.activation);
+        let gated = sub_norm(c, ops, gated, self.ffn_sub_norm.as_ref());
+        let [mlp] = project(c, ops, &gated, [&self.down]);
+        ops.release(gated);
+        ops.add(x, mlp)
+    }
+}
+
+/// The linear layer `name`, with the bias and the inner norm that `c` gives it.
+fn linear<M, V>(
+    c: &ModelConfig,
+    source: &mut impl Source<Matrix = M, Vector = V>,
+    name: &str,
+    rows: usize,
+    cols: usize,
+    bias: bool,
+) -> Result<Linear<M, V>, ModelError> {
+    let ternary = c.is_ternary(name);
+    let role = if ternary { Role::Ternary } else { Role::Float };
+    Ok(Linear {
+        matrix: source.matrix(&format!("{name}.weight"), rows, cols, role)?,
+        bias: optional(bias, source, &format!("{name}.bias"), rows)?,
+        norm: optional(ternary && c.inner_norm_eps.is_some(), source, &format!("{name}.rms_norm.weight"), cols)?,
+    })
+}
+
+fn optional<M, V>(
+    present: bool,
+    source: &mut impl Source<Matrix = M, Vector = V>,
+    name: &str,
+    len: usize,
+) -> Result<Option<V>, ModelError> {
+    if present { source.vector(name, len).map(Some) } else { Ok(None) }
+}
+
+/// One input through several layers; those with an inner norm each see their own normalised copy.
+fn project<O: Ops, const N: usize>(
+    c: &ModelConfig,
+    ops: &mut O,
+    x: &O::Buf,
+    layers: [&Linear<O::Matrix, O::Vector>; N],
+) -> [O::Buf; N] {
+    let Some(eps) = c.inner_norm_eps else { return ops.linear(x, layers) };
+    layers.map(|layer| {
+        let normed = layer.norm.as_ref().map(|weight| ops.rms_norm(x, weight, eps));
+        let [y] = ops.linear(normed.as_ref().unwrap_or(x), [layer]);
+        normed.into_iter().for_each(|buf| ops.release(buf));
+        y
+    })
+}
+
+fn sub_norm<O: Ops>(c: &ModelConfig, ops: &mut O, x: O::Buf, weight: Option<&O::Vector>) -> O::Buf {
+    let Some(weight) = weight else { return x };
+    let normed = ops.rms_norm(&x, weight, c.rms_norm_eps);
+    ops.release(x);
+    normed
+}

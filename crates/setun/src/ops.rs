@@ -1,0 +1,103 @@
+//! What a model is made of: the operations every executor provides, each written once per executor.
+//!
+//! [`crate::model`] calls these and nothing else, so the same page of code runs inference
+//! ([`crate::cpu::CpuOps`]: packed weights, KV cache) and training (the tape of `setun-train`, which records the calls for the
+//! backward pass). Operations are coarse on purpose: a few hundred calls per forward pass, each with
+//! enough work inside that dispatch costs nothing.
+//!
+//! Rows of a buffer are the tokens of one batch, sequence after sequence; which sequence a row belongs to,
+//! its position and its cached past are the executor's business, told to it before the pass.
+
+use crate::config::Activation;
+
+/// One linear layer: `y = x · Wᵀ + b`, with the RMS norm of its own input that some ternary models put inside it.
+#[derive(Debug, Clone)]
+pub struct Linear<M, V> {
+    /// `[out_features, in_features]`.
+    pub matrix: M,
+    /// `[out_features]`.
+    pub bias: Option<V>,
+    /// Weight of an RMS norm over `[in_features]`, applied before the product (`use_rms_norm`).
+    pub norm: Option<V>,
+}
+
+/// Shape of one layer's attention.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Attention {
+    /// Index of the layer, which selects its part of the KV cache.
+    pub layer: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; query head `h` reads key head `h / (heads / kv_heads)`.
+    pub kv_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Factor on `q·k`, normally `head_dim^-1/2`.
+    pub scale: f32,
+    /// With a window `w`, position `i` sees `j` with `i - w < j <= i`.
+    pub window: Option<usize>,
+}
+
+/// The operations of one executor.
+pub trait Ops {
+    /// Activations of the batch: f32 `[tokens, width]`.
+    type Buf;
+    /// A weight matrix as this executor holds it: packed codes to run, a parameter to train.
+    type Matrix;
+    /// A weight vector: norm weights and biases.
+    type Vector;
+
+    /// Rows `ids` of the embedding `table`.
+    fn embed(&mut self, table: &Self::Matrix, ids: &[u32]) -> Self::Buf;
+
+    /// `x / sqrt(mean(x²) + eps) * weight`, row by row.
+    fn rms_norm(&mut self, x: &Self::Buf, weight: &Self::Vector, eps: f32) -> Self::Buf;
+
+    /// The products of one input with several matrices (q, k, v or gate, up): the input is quantised once. Inner norms are
+    /// the caller's business: [`Linear::norm`] is ignored here.
+    fn linear<const N: usize>(
+        &mut self,
+        x: &Self::Buf,
+        layers: [&Linear<Self::Matrix, Self::Vector>; N],
+    ) -> [Self::Buf; N];
+
+    /// Rotates every head of every row to its row's position (RoPE, half-split pairs).
+    fn rope(&mut self, x: Self::Buf, heads: usize, head_dim: usize) -> Self::Buf;
+
+    /// Causal attention within each sequence: `q` `[tokens, heads * head_dim]`, `k` and `v` `[tokens, kv_heads * head_dim]`.
+    fn attention(&mut self, q: Self::Buf, k: Self::Buf, v: Self::Buf, shape: Attention) -> Self::Buf;
+
+    /// `activation(gate) * up`.
+    fn gate(&mut self, gate: Self::Buf, up: Self::Buf, activation: Activation) -> Self::Buf;
+
+    /// `x + y`: the residual stream.
+    fn add(&mut self, x: Self::Buf, y: Self::Buf) -> Self::Buf;
+
+    /// Called with every block's output (and the embedding and final norm) under the name that
+    /// `setun logits --hidden` gives it. Executors that record nothing ignore it.
+    fn tap(&mut self, _name: Tap, _x: &Self::Buf) {}
+
+    /// Gives back a buffer that the model no longer needs.
+    fn release(&mut self, _x: Self::Buf) {}
+}
+
+/// Where in the model a tapped buffer comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tap {
+    /// The embedding, before the first block.
+    Embed,
+    /// Output of block `n`.
+    Layer(usize),
+    /// After the final norm.
+    FinalNorm,
+}
+
+impl std::fmt::Display for Tap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Tap::Embed => f.write_str("embed"),
+            Tap::Layer(n) => write!(f, "layer{n}"),
+            Tap::FinalNorm => f.write_str("final_norm"),
+        }
+    }
+}
