@@ -1,0 +1,409 @@
+//! Chat templates: messages to the text the model was trained on.
+//!
+//! A template is Jinja source from the model's files. It runs as `transformers` runs it (block trimming,
+//! loop controls, Python's string methods, `raise_exception`, `strftime_now`, unescaped `tojson`), with a
+//! budget of instructions and of output, since it comes from outside.
+
+use crate::error::ModelError;
+use crate::tokenizer::Tokenizer;
+use minijinja::value::{Kwargs, Serde, Value};
+use minijinja::{Environment, Error, ErrorKind};
+use serde::Serialize;
+use std::io::Write;
+
+/// Instructions one rendering may execute. Real templates need a few hundred for each message.
+const FUEL: u64 = 10_000_000;
+/// Bytes one rendering may write.
+const MAX_OUTPUT: usize = 64 << 20;
+const NAME: &str = "chat_template";
+
+/// One message of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Message {
+    /// Who speaks: usually `system`, `user` or `assistant`.
+    pub role: String,
+    /// What is said.
+    pub content: String,
+}
+
+impl Message {
+    /// A message of `role` saying `content`.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self {
+            role: role.into(),
+            content: content.into(),
+        }
+    }
+}
+
+/// A parsed chat template.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+}
+
+/// What a template sees beside the messages.
+#[derive(Clone, Debug, Default)]
+pub struct Context {
+    /// End with the opening of an assistant's message.
+    pub add_generation_prompt: bool,
+    /// Text of the BOS token, empty if there is none.
+    pub bos_token: String,
+    /// Text of the EOS token, empty if there is none.
+    pub eos_token: String,
+    /// Further variables, such as `enable_thinking` or `tools`.
+    pub extra: serde_json::Map<String, serde_json::Value>,
+}
+
+impl ChatTemplate {
+    /// Parses Jinja source.
+    ///
+    /// # Errors
+    /// [`ModelError::ChatTemplate`] with the line at fault.
+    pub fn new(source: &str) -> Result<Self, ModelError> {
+        let mut environment = Environment::new();
+        let syntax = minijinja::syntax::SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()
+            .map_err(|error| failed(&error))?;
+        environment.set_syntax(syntax);
+        environment.set_fuel(Some(FUEL));
+        environment.set_recursion_limit(64);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_filter("tojson", to_json);
+        environment.add_function(
+            "raise_exception",
+            |message: String| -> Result<Value, Error> {
+                Err(Error::new(ErrorKind::InvalidOperation, message))
+            },
+        );
+        environment.add_function("strftime_now", |format: String| {
+            strftime(&format, unix_seconds())
+        });
+        environment
+            .add_template_owned(NAME, source.to_owned())
+            .map_err(|error| failed(&error))?;
+        Ok(Self { environment })
+    }
+
+    /// Renders a conversation.
+    ///
+    /// # Errors
+    /// [`ModelError::ChatTemplate`] with the template's own complaint (`raise_exception`: roles that do not
+    /// alternate, say), or when it runs too long or writes too much.
+    pub fn render(&self, messages: &[Message], context: &Context) -> Result<String, ModelError> {
+        let template = self
+            .environment
+            .get_template(NAME)
+            .map_err(|error| failed(&error))?;
+        let mut variables = context.extra.clone();
+        let messages = serde_json::to_value(messages).unwrap_or_default();
+        variables.insert("messages".to_owned(), messages);
+        variables.insert(
+            "add_generation_prompt".to_owned(),
+            context.add_generation_prompt.into(),
+        );
+        variables.insert("bos_token".to_owned(), context.bos_token.as_str().into());
+        variables.insert("eos_token".to_owned(), context.eos_token.as_str().into());
+        let mut output = Bounded(Vec::new());
+        template
+            .render_captured_to(Value::from(Serde(&variables)), &mut output)
+            .map_err(|error| failed(&error))?;
+        String::from_utf8(output.0).map_err(|_| ModelError::ChatTemplate {
+            what: "wrote invalid UTF-8".into(),
+        })
+    }
+}
+
+/// Ids of a conversation in the model's own format, ready for its answer. BOS comes once, whether the
+/// template writes it or the tokenizer adds it.
+///
+/// # Errors
+/// [`ModelError::ChatTemplate`] if the model has no template or it fails; [`ModelError::Tokenizer`].
+pub fn encode_chat(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>, ModelError> {
+    let source = tokenizer
+        .chat_template()
+        .ok_or_else(|| ModelError::ChatTemplate {
+            what: "the model has none; give a plain prompt instead of a conversation".to_owned(),
+        })?;
+    let text = |id: Option<u32>| {
+        id.and_then(|id| tokenizer.id_to_token(id))
+            .unwrap_or_default()
+    };
+    let context = Context {
+        add_generation_prompt: true,
+        bos_token: text(tokenizer.bos()),
+        eos_token: text(tokenizer.eos_ids().first().copied()),
+        extra: serde_json::Map::new(),
+    };
+    tokenizer.encode_prompt(&ChatTemplate::new(source)?.render(messages, &context)?)
+}
+
+fn failed(error: &Error) -> ModelError {
+    let mut what = error
+        .detail()
+        .map_or_else(|| error.kind().to_string(), str::to_owned);
+    if let Some(line) = error.line() {
+        what += &format!(" (line {line} of the template)");
+    }
+    ModelError::ChatTemplate { what }
+}
+
+struct Bounded(Vec<u8>);
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + bytes.len() > MAX_OUTPUT {
+            return Err(std::io::Error::other(format!(
+                "more than {MAX_OUTPUT} bytes of output"
+            )));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Python's `json.dumps(ensure_ascii=False)`; minijinja's own filter escapes for HTML.
+fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    let _: Option<bool> = options.get("ensure_ascii")?;
+    options.assert_all_used()?;
+    let mut out = Vec::new();
+    let result = match indent {
+        Some(width) => {
+            let spaces = " ".repeat(width.min(16));
+            let style = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, style))
+        }
+        None => value.serialize(&mut serde_json::Serializer::with_formatter(
+            &mut out,
+            PythonStyle,
+        )),
+    };
+    let invalid =
+        |error: String| Error::new(ErrorKind::InvalidOperation, format!("tojson: {error}"));
+    result.map_err(|error| invalid(error.to_string()))?;
+    String::from_utf8(out)
+        .map(Value::from)
+        .map_err(|error| invalid(error.to_string()))
+}
+
+/// `{"a": 1, "b": [1, 2]}`: Python puts a space after commas and colons.
+struct PythonStyle;
+
+impl serde_json::ser::Formatter for PythonStyle {
+    fn begin_array_value<W: ?Sized + Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first { Ok(()) } else { out.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first { Ok(()) } else { out.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + Write>(&mut self, out: &mut W) -> std::io::Result<()> {
+        out.write_all(b": ")
+    }
+}
+
+fn unix_seconds() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs())
+}
+
+/// The codes of `strftime` that templates use, in UTC.
+fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
+    const MONTHS: [&str; 12] = [
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ];
+    const DAYS: [&str; 7] = [
+        "Thursday",
+        "Friday",
+        "Saturday",
+        "Sunday",
+        "Monday",
+        "Tuesday",
+        "Wednesday",
+    ]; // 1970-01-01 first.
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    let (year, month, day) = civil_date(days);
+    let (month_name, day_name) = (MONTHS[month - 1], DAYS[(days % 7) as usize]);
+    let mut out = String::new();
+    let mut codes = format.chars();
+    while let Some(c) = codes.next() {
+        if c != '%' {
+            out.push(c);
+            continue;
+        }
+        out += &match codes.next() {
+            Some('Y') => year.to_string(),
+            Some('y') => format!("{:02}", year % 100),
+            Some('m') => format!("{month:02}"),
+            Some('d') => format!("{day:02}"),
+            Some('B') => month_name.to_owned(),
+            Some('b') => month_name[..3].to_owned(),
+            Some('A') => day_name.to_owned(),
+            Some('a') => day_name[..3].to_owned(),
+            Some('H') => format!("{:02}", second / 3600),
+            Some('M') => format!("{:02}", second / 60 % 60),
+            Some('S') => format!("{:02}", second % 60),
+            Some('F') => format!("{year}-{month:02}-{day:02}"),
+            Some('%') => "%".to_owned(),
+            other => {
+                let code = other.map(String::from).unwrap_or_default();
+                let what = format!("strftime_now does not know `%{code}`");
+                return Err(Error::new(ErrorKind::InvalidOperation, what));
+            }
+        };
+    }
+    Ok(out)
+}
+
+/// Year, month (1–12) and day of a day count since 1970-01-01, in the Gregorian calendar.
+fn civil_date(mut days: u64) -> (u64, usize, u64) {
+    let leap =
+        |year: u64| year.is_multiple_of(4) && !year.is_multiple_of(100) || year.is_multiple_of(400);
+    // 400 years are 146,097 days; after that at most 400 steps.
+    let mut year = 1970 + days / 146_097 * 400;
+    days %= 146_097;
+    while days >= 365 + u64::from(leap(year)) {
+        days -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let lengths = [
+        31,
+        28 + u64::from(leap(year)),
+        31,
+        30,
+        31,
+        30,
+        31,
+        31,
+        30,
+        31,
+        30,
+        31,
+    ];
+    let mut month = 0;
+    while days >= lengths[month] {
+        days -= lengths[month];
+        month += 1;
+    }
+    (year, month + 1, days + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn render(source: &str) -> Result<String, ModelError> {
+        let messages = [
+            Message::new("user", "Hi <b> & 'you'"),
+            Message::new("assistant", " Yes. "),
+        ];
+        let extra = serde_json::json!({"tools": [{"name": "f", "args": {"z": 1, "a": "é"}}]});
+        let extra = extra.as_object().cloned().unwrap_or_default();
+        let context = Context {
+            add_generation_prompt: true,
+            bos_token: "<s>".into(),
+            eos_token: "</s>".into(),
+            extra,
+        };
+        ChatTemplate::new(source)?.render(&messages, &context)
+    }
+
+    #[test]
+    fn blocks_are_trimmed_as_transformers_trims_them() {
+        let source = "{{ bos_token }}\n  {% for m in messages %}\n{{ m['role'] }}:{{ m.content.strip() }}\n    {% endfor %}\nend\n";
+        assert_eq!(
+            render(source).unwrap(),
+            "<s>\nuser:Hi <b> & 'you'\nassistant:Yes.\nend"
+        );
+    }
+
+    #[test]
+    fn tojson_is_pythons_not_htmls() {
+        assert_eq!(
+            render("{{ tools | tojson }}").unwrap(),
+            r#"[{"name": "f", "args": {"z": 1, "a": "é"}}]"#
+        );
+        assert_eq!(
+            render("{{ messages[0].content | tojson }}").unwrap(),
+            r#""Hi <b> & 'you'""#
+        );
+        assert_eq!(
+            render("{{ {'a': [1]} | tojson(indent=2) }}").unwrap(),
+            "{\n  \"a\": [\n    1\n  ]\n}"
+        );
+    }
+
+    #[test]
+    fn loop_controls_and_namespaces_work() {
+        let source = "{% set ns = namespace(n=0) %}{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 4 %}{% break %}{% endif %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}";
+        assert_eq!(render(source).unwrap(), "8");
+    }
+
+    #[test]
+    fn the_templates_own_complaint_is_the_error() {
+        let error = render("{{ raise_exception('roles must alternate') }}")
+            .unwrap_err()
+            .to_string();
+        assert_eq!(
+            error,
+            "chat template: roles must alternate (line 1 of the template)"
+        );
+        assert!(
+            render("{% for %}")
+                .unwrap_err()
+                .to_string()
+                .contains("line 1")
+        );
+    }
+
+    #[test]
+    fn endless_templates_are_stopped() {
+        let nested = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}";
+        assert!(render(nested).unwrap_err().to_string().contains("fuel"));
+        let long = "{% set s = 'x' * 100000 %}{% for a in range(5000) %}{{ s }}{% endfor %}";
+        assert!(render(long).is_err());
+        assert!(render("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}").is_err());
+    }
+
+    #[test]
+    fn dates_are_gregorian() {
+        assert_eq!(
+            strftime("%d %b %Y %A %H:%M:%S", 0).unwrap(),
+            "01 Jan 1970 Thursday 00:00:00"
+        );
+        assert_eq!(
+            strftime("%Y-%m-%d %a", 951_827_696).unwrap(),
+            "2000-02-29 Tue"
+        );
+        assert_eq!(strftime("%F %%", 4_107_542_399).unwrap(), "2100-02-28 %");
+        assert!(strftime("%Q", 0).is_err());
+    }
+}
