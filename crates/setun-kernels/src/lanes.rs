@@ -398,39 +398,118 @@ mod x86 {
                 ))
             }
         }
-        // The four steps of the fold on several registers at once: each step takes two registers, lines up
-        // the halves that belong together, and adds. Inputs are taken in an order that leaves the sums sorted.
         #[inline(always)]
         fn fold_each(self, v: &[__m512; LANES]) -> __m512 {
             unsafe {
-                let v: [__m512; 16] = std::array::from_fn(|i| v[4 * (i % 4) + i / 4]);
-                let v: [__m512; 8] = std::array::from_fn(|i| {
-                    let (a, b) = (v[2 * i], v[2 * i + 1]);
-                    _mm512_add_ps(
-                        _mm512_shuffle_f32x4::<0x44>(a, b),
-                        _mm512_shuffle_f32x4::<0xEE>(a, b),
-                    )
-                });
-                let v: [__m512; 4] = std::array::from_fn(|i| {
-                    let (a, b) = (v[2 * i], v[2 * i + 1]);
-                    _mm512_add_ps(
-                        _mm512_shuffle_f32x4::<0x88>(a, b),
-                        _mm512_shuffle_f32x4::<0xDD>(a, b),
-                    )
-                });
-                let v: [__m512; 2] = std::array::from_fn(|i| {
-                    let (a, b) = (v[2 * i], v[2 * i + 1]);
-                    _mm512_add_ps(
-                        _mm512_shuffle_ps::<0x44>(a, b),
-                        _mm512_shuffle_ps::<0xEE>(a, b),
-                    )
-                });
-                let (a, b) = (v[0], v[1]);
+                let a = wide_to_two(v, 0);
+                let b = wide_to_two(v, 2);
                 _mm512_add_ps(
                     _mm512_shuffle_ps::<0x88>(a, b),
                     _mm512_shuffle_ps::<0xDD>(a, b),
                 )
             }
+        }
+    }
+
+    // The four steps of the fold on several registers at once: each takes two registers, lines up the halves
+    // that belong together, and adds. Inputs are taken in an order that leaves the sums sorted.
+
+    /// `a` and `b` folded to eight lanes each.
+    #[inline(always)]
+    unsafe fn wide_to_eight(a: __m512, b: __m512) -> __m512 {
+        unsafe {
+            _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0x44>(a, b),
+                _mm512_shuffle_f32x4::<0xEE>(a, b),
+            )
+        }
+    }
+
+    /// Four lanes of each of four inputs: `i` and every fourth after it.
+    #[inline(always)]
+    unsafe fn wide_to_four(v: &[__m512; LANES], i: usize) -> __m512 {
+        unsafe {
+            let a = wide_to_eight(v[i], v[i + 4]);
+            let b = wide_to_eight(v[i + 8], v[i + 12]);
+            _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0x88>(a, b),
+                _mm512_shuffle_f32x4::<0xDD>(a, b),
+            )
+        }
+    }
+
+    /// Two lanes of each of eight inputs: `i` and `i + 1`, each with every fourth after it.
+    #[inline(always)]
+    unsafe fn wide_to_two(v: &[__m512; LANES], i: usize) -> __m512 {
+        unsafe {
+            let (a, b) = (wide_to_four(v, i), wide_to_four(v, i + 1));
+            _mm512_add_ps(
+                _mm512_shuffle_ps::<0x44>(a, b),
+                _mm512_shuffle_ps::<0xEE>(a, b),
+            )
+        }
+    }
+
+    // The closures of `map` and `from_fn` are functions of their own, without these instructions; spelled out
+    // halves are certain to be compiled with them.
+
+    #[inline(always)]
+    unsafe fn widen_f16(p: *const f16) -> __m256 {
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn widen_bf16(p: *const bf16) -> __m256 {
+        unsafe {
+            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn widen_i8(p: *const i8) -> __m256 {
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
+    }
+
+    /// `a` and `b` folded to four lanes each: `a` in the lower half.
+    #[inline(always)]
+    unsafe fn fold_to_four(a: [__m256; 2], b: [__m256; 2]) -> __m256 {
+        unsafe {
+            let (a, b) = (_mm256_add_ps(a[0], a[1]), _mm256_add_ps(b[0], b[1]));
+            _mm256_add_ps(
+                _mm256_permute2f128_ps::<0x20>(a, b),
+                _mm256_permute2f128_ps::<0x31>(a, b),
+            )
+        }
+    }
+
+    /// Within each half: the first two lanes from `a`, the others from `b`, two lanes folded to one pair.
+    #[inline(always)]
+    unsafe fn fold_to_two(a: __m256, b: __m256) -> __m256 {
+        unsafe {
+            _mm256_add_ps(
+                _mm256_shuffle_ps::<0x44>(a, b),
+                _mm256_shuffle_ps::<0xEE>(a, b),
+            )
+        }
+    }
+
+    /// Eight sums: of `v[at]` to `v[at + 7]`, in this order because lower halves take the first four.
+    #[inline(always)]
+    unsafe fn fold_eight(v: &[[__m256; 2]; LANES], at: usize) -> __m256 {
+        unsafe {
+            let a = fold_to_two(
+                fold_to_four(v[at], v[at + 4]),
+                fold_to_four(v[at + 1], v[at + 5]),
+            );
+            let b = fold_to_two(
+                fold_to_four(v[at + 2], v[at + 6]),
+                fold_to_four(v[at + 3], v[at + 7]),
+            );
+            _mm256_add_ps(
+                _mm256_shuffle_ps::<0x88>(a, b),
+                _mm256_shuffle_ps::<0xDD>(a, b),
+            )
         }
     }
 
@@ -454,26 +533,15 @@ mod x86 {
         }
         #[inline(always)]
         fn load_f16(self, p: &[f16; LANES]) -> [__m256; 2] {
-            unsafe { [0, 8].map(|at| _mm256_cvtph_ps(_mm_loadu_si128(p[at..].as_ptr().cast()))) }
+            unsafe { [widen_f16(p.as_ptr()), widen_f16(p[8..].as_ptr())] }
         }
         #[inline(always)]
         fn load_bf16(self, p: &[bf16; LANES]) -> [__m256; 2] {
-            unsafe {
-                [0, 8].map(|at| {
-                    let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p[at..].as_ptr().cast()));
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-                })
-            }
+            unsafe { [widen_bf16(p.as_ptr()), widen_bf16(p[8..].as_ptr())] }
         }
         #[inline(always)]
         fn load_i8(self, p: &[i8; LANES]) -> [__m256; 2] {
-            unsafe {
-                [0, 8].map(|at| {
-                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(
-                        p[at..].as_ptr().cast(),
-                    )))
-                })
-            }
+            unsafe { [widen_i8(p.as_ptr()), widen_i8(p[8..].as_ptr())] }
         }
         #[inline(always)]
         fn widen(self, x: f16) -> f32 {
@@ -482,10 +550,10 @@ mod x86 {
         #[inline(always)]
         fn store_f16(self, v: [__m256; 2], p: &mut [f16; LANES]) {
             unsafe {
-                for (i, v) in v.into_iter().enumerate() {
-                    let half = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v);
-                    _mm_storeu_si128(p[8 * i..].as_mut_ptr().cast(), half);
-                }
+                let low = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v[0]);
+                let high = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v[1]);
+                _mm_storeu_si128(p.as_mut_ptr().cast(), low);
+                _mm_storeu_si128(p[8..].as_mut_ptr().cast(), high);
             }
         }
         #[inline(always)]
@@ -497,36 +565,9 @@ mod x86 {
         fn fold(self, v: [__m256; 2]) -> f32 {
             unsafe { fold8(_mm256_add_ps(v[0], v[1])) }
         }
-        // As for AVX-512, eight sums per register.
         #[inline(always)]
         fn fold_each(self, v: &[[__m256; 2]; LANES]) -> [__m256; 2] {
-            unsafe {
-                [0, 8].map(|at| {
-                    let v: [__m256; 8] = std::array::from_fn(|i| {
-                        let [low, high] = v[at + 4 * (i % 2) + i / 2];
-                        _mm256_add_ps(low, high)
-                    });
-                    let v: [__m256; 4] = std::array::from_fn(|i| {
-                        let (a, b) = (v[2 * i], v[2 * i + 1]);
-                        _mm256_add_ps(
-                            _mm256_permute2f128_ps::<0x20>(a, b),
-                            _mm256_permute2f128_ps::<0x31>(a, b),
-                        )
-                    });
-                    let v: [__m256; 2] = std::array::from_fn(|i| {
-                        let (a, b) = (v[2 * i], v[2 * i + 1]);
-                        _mm256_add_ps(
-                            _mm256_shuffle_ps::<0x44>(a, b),
-                            _mm256_shuffle_ps::<0xEE>(a, b),
-                        )
-                    });
-                    let (a, b) = (v[0], v[1]);
-                    _mm256_add_ps(
-                        _mm256_shuffle_ps::<0x88>(a, b),
-                        _mm256_shuffle_ps::<0xDD>(a, b),
-                    )
-                })
-            }
+            unsafe { [fold_eight(v, 0), fold_eight(v, 8)] }
         }
     }
 }
