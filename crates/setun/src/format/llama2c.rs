@@ -161,7 +161,7 @@ pub(crate) fn read(
 /// once the end is known to be the end of the file.
 struct Plan {
     end: u128,
-    tensors: Vec<(String, Vec<usize>, Encoding, Rewrite, u128)>,
+    tensors: Vec<(TensorInfo, std::ops::Range<u128>)>,
 }
 
 impl Plan {
@@ -177,30 +177,23 @@ impl Plan {
         rewrite: Rewrite,
         bytes: u128,
     ) {
-        self.tensors
-            .push((name, shape.to_vec(), encoding, rewrite, self.end));
+        let shape = shape.to_vec();
+        let info = TensorInfo {
+            name,
+            shape,
+            encoding,
+            file: 0,
+            range: 0..0,
+            rewrite,
+        };
+        self.tensors.push((info, self.end..self.end + bytes));
         self.end += bytes;
     }
 
     fn finish(self) -> Vec<TensorInfo> {
-        let ends: Vec<u128> = self
-            .tensors
-            .iter()
-            .skip(1)
-            .map(|t| t.4)
-            .chain([self.end])
-            .collect();
-        let infos = self.tensors.into_iter().zip(ends).map(|(tensor, end)| {
-            let (name, shape, encoding, rewrite, start) = tensor;
-            let range = start as usize..end as usize;
-            TensorInfo {
-                name,
-                shape,
-                encoding,
-                file: 0,
-                range,
-                rewrite,
-            }
+        let infos = self.tensors.into_iter().map(|(info, range)| TensorInfo {
+            range: range.start as usize..range.end as usize,
+            ..info
         });
         infos.collect()
     }
@@ -260,8 +253,8 @@ fn legacy_plan(facts: &Llama2cFacts) -> Plan {
         }
     }
     plan.float("model.norm.weight".into(), &[dim], Rewrite::None);
-    // Rotary tables, cosines then sines: computed, not read.
-    plan.float(String::new(), &[2, seq_len, dim / heads / 2], Rewrite::None);
+    // Rotary tables, cosines then sines, follow: they are computed, not read.
+    plan.end += 4 * product(&[2, seq_len, dim / heads / 2]);
     if !facts.tied {
         plan.float("lm_head.weight".into(), &[vocab, dim], Rewrite::None);
     }
