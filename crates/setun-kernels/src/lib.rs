@@ -31,7 +31,10 @@ mod scratch;
 mod buffer;
 #[cfg(feature = "gemm")]
 pub mod gemm;
+#[cfg(feature = "std")]
+pub mod peak;
 pub mod threads;
+
 pub use kernels::Kernels;
 pub use matrix::{MatrixError, Scales, TernaryMatrix};
 pub use quant::Activations;
