@@ -9,6 +9,9 @@
 //! Queries of all heads that share a key–value head, and of some neighbouring tokens, form one task: a block
 //! is converted to f32 once for all of them.
 
+// Tiles are written by index: rows, tokens and lanes then look the same on both sides of an assignment.
+#![allow(clippy::needless_range_loop)]
+
 use crate::Kernels;
 use crate::float::exp_lanes;
 use crate::lanes::{Chunk, Job, LANES, Lanes, One, chunk_at};
@@ -199,8 +202,8 @@ impl<'a> Head<'a> {
             let cells = position * self.head_dim..(position + 1) * self.head_dim;
             match self.data {
                 KvData::F16(d) => {
-                    // A row is read once per token, long ago the last time: ask for it a few rows early.
-                    let ahead = d.as_ptr().wrapping_add(cells.start + 8 * self.head_dim);
+                    // The cache comes from memory: the next block travels while this one is computed with.
+                    let ahead = d.as_ptr().wrapping_add(cells.start + BLOCK * self.head_dim);
                     for line in 0..dims.div_ceil(2) {
                         s.prefetch(ahead.wrapping_add(32 * line));
                     }
@@ -314,7 +317,12 @@ impl Job for Task<'_> {
                 let from = part.iter().map(|r| r.from).min().unwrap_or(0);
                 let to = part.iter().map(|r| r.to).max().unwrap_or(0);
                 if part.iter().any(|r| r.from < r.to) {
-                    self.scores(s, row, from / 4 * 4, to);
+                    // A lone row (decoding without grouped heads) takes sixteen keys instead.
+                    if part.len() == 1 {
+                        self.scores::<S, 1, 16>(s, row, from, to);
+                    } else {
+                        self.scores::<S, 4, 4>(s, row, from, to);
+                    }
                     for (i, running) in part.iter_mut().enumerate() {
                         self.softmax(s, row + i, running);
                     }
@@ -333,61 +341,78 @@ impl Job for Task<'_> {
 }
 
 impl Task<'_> {
-    /// Dot products of rows `row..row + 4` with keys `from..to` of the block, in fours.
+    /// Scaled dot products of `R` rows from `row` on with keys `from..to` of the block, `K` at a time;
+    /// `R * K` is 16. Keys up to the next multiple of `K` are computed as well, and overwritten later.
     #[inline(always)]
-    fn scores<S: Lanes>(&mut self, s: S, row: usize, from: usize, to: usize) {
+    fn scores<S: Lanes, const R: usize, const K: usize>(
+        &mut self,
+        s: S,
+        row: usize,
+        from: usize,
+        to: usize,
+    ) {
+        const { assert!(R * K == LANES && (R == 1 || R == 4)) };
         let dims = self.dims;
-        let queries: [&[Chunk]; 4] = std::array::from_fn(|i| {
+        let queries: [&[Chunk]; R] = std::array::from_fn(|i| {
             let start = (row + i) * dims;
             &self.queries[start..start + dims]
         });
         let scale = s.splat(self.scale);
-        for key in (from..to).step_by(4) {
-            let keys: [&[Chunk]; 4] = std::array::from_fn(|i| {
+        for key in (from / K * K..to).step_by(K) {
+            let keys: [&[Chunk]; K] = std::array::from_fn(|i| {
                 let start = (key + i) * dims;
                 &self.key_block[start..start + dims]
             });
             let mut sums = [s.zero(); LANES];
             if S::WIDE {
                 for d in 0..dims {
-                    let mut k = [s.zero(); 4];
-                    for j in 0..4 {
-                        k[j] = s.load(&keys[j][d]);
+                    let mut q = [s.zero(); R];
+                    for i in 0..R {
+                        q[i] = s.load(&queries[i][d]);
                     }
-                    for i in 0..4 {
-                        let q = s.load(&queries[i][d]);
-                        for j in 0..4 {
-                            sums[4 * i + j] = s.fma(q, k[j], sums[4 * i + j]);
+                    for j in 0..K {
+                        let k = s.load(&keys[j][d]);
+                        for i in 0..R {
+                            sums[K * i + j] = s.fma(q[i], k, sums[K * i + j]);
                         }
                     }
                 }
             } else {
-                // Sixteen registers hold a quarter of the tile.
+                // Sixteen registers hold a quarter of the tile: two rows by two keys, or one row by four.
                 for quarter in 0..4 {
-                    let (qi, ki) = (quarter / 2 * 2, quarter % 2 * 2);
-                    let mut part = [[s.zero(); 2]; 2];
-                    for d in 0..dims {
-                        let k = [s.load(&keys[ki][d]), s.load(&keys[ki + 1][d])];
-                        for i in 0..2 {
-                            let q = s.load(&queries[qi + i][d]);
-                            for j in 0..2 {
-                                part[i][j] = s.fma(q, k[j], part[i][j]);
+                    let mut part = [s.zero(); 4];
+                    if R == 1 {
+                        for d in 0..dims {
+                            let q = s.load(&queries[0][d]);
+                            for j in 0..4 {
+                                part[j] = s.fma(q, s.load(&keys[4 * quarter + j][d]), part[j]);
                             }
                         }
-                    }
-                    for i in 0..2 {
-                        for j in 0..2 {
-                            sums[4 * (qi + i) + ki + j] = part[i][j];
+                        sums[4 * quarter..4 * quarter + 4].copy_from_slice(&part);
+                    } else {
+                        let (row, key) = (quarter / 2 * 2, quarter % 2 * 2);
+                        for d in 0..dims {
+                            let k = [s.load(&keys[key][d]), s.load(&keys[key + 1][d])];
+                            for i in 0..2 {
+                                let q = s.load(&queries[row + i][d]);
+                                for j in 0..2 {
+                                    part[2 * i + j] = s.fma(q, k[j], part[2 * i + j]);
+                                }
+                            }
+                        }
+                        for i in 0..2 {
+                            let at = K * (row + i) + key;
+                            sums[at..at + 2].copy_from_slice(&part[2 * i..2 * i + 2]);
                         }
                     }
                 }
             }
             let mut dots = [0.0; LANES];
             s.store(s.mul(s.fold_each(&sums), scale), &mut dots);
-            for i in 0..4 {
+            for i in 0..R {
                 let scores =
                     self.scores[(row + i) * SCORES..(row + i + 1) * SCORES].as_flattened_mut();
-                scores[key..key + 4].copy_from_slice(&dots[4 * i..4 * i + 4]);
+                scores[key..key + K].copy_from_slice(&dots[K * i..K * (i + 1)]);
             }
         }
     }
@@ -453,6 +478,12 @@ impl Task<'_> {
             return;
         }
         let mut d = 0;
+        if S::WIDE && R == 1 {
+            while d + 8 <= self.dims {
+                self.weigh_tile::<S, R, 8>(s, row, d, from, to);
+                d += 8;
+            }
+        }
         if S::WIDE || R == 1 {
             while d + 4 <= self.dims {
                 self.weigh_tile::<S, R, 4>(s, row, d, from, to);

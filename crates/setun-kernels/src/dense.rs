@@ -5,6 +5,9 @@
 //! five tokens multiply straight from the stored format, bound by memory; more tokens unpack a panel of rows
 //! once and go over it in register tiles.
 
+// Tiles are written by index: rows, tokens and lanes then look the same on both sides of an assignment.
+#![allow(clippy::needless_range_loop)]
+
 use crate::Kernels;
 use crate::lanes::{Chunk, Job, LANES, Lanes, chunk_at};
 use crate::scratch::{Parts, with_scratch};
@@ -331,7 +334,7 @@ impl<'a> Row<'a> for Blocks<'a> {
     #[inline(always)]
     fn load<S: Lanes>(self, s: S, i: usize) -> S::V {
         let block = &self.0[i / 2];
-        let q: &[u8; LANES] = if i % 2 == 0 {
+        let q: &[u8; LANES] = if i.is_multiple_of(2) {
             block[2..18].first_chunk()
         } else {
             block[18..].first_chunk()
@@ -503,12 +506,15 @@ impl Tile<'_> {
                 r += 4;
             }
         }
-        while r + 2 <= rows {
-            self.tile::<S, W, 2, T>(s, [row(r), row(r + 1)], r, token, stream);
-            r += 2;
+        if S::WIDE || T <= 2 {
+            while r + 2 <= rows {
+                self.tile::<S, W, 2, T>(s, [row(r), row(r + 1)], r, token, stream);
+                r += 2;
+            }
         }
-        if r < rows {
+        while r < rows {
             self.tile::<S, W, 1, T>(s, [row(r)], r, token, stream);
+            r += 1;
         }
     }
 

@@ -1,0 +1,291 @@
+//! Sixteen lanes in the registers of x86-64.
+//!
+//! SAFETY of every block below, unless said otherwise: the token `self` exists only in functions that
+//! enable these instructions, called after the CPU check; pointers come from references to arrays of
+//! exactly the bytes read or written, and none of the instructions asks for alignment.
+#![allow(clippy::undocumented_unsafe_blocks)]
+
+use super::{Arithmetic, Chunk, LANES, Lanes};
+use half::{bf16, f16};
+use std::arch::x86_64::*;
+
+/// One 512-bit register.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(pub(super) ());
+
+/// Two 256-bit registers: lanes 0–7 and 8–15.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(pub(super) ());
+
+macro_rules! elementwise {
+    ($($name:ident: $wide:ident, $half:ident);*) => {
+        elementwise!(@impl Avx512, __m512, |x| unsafe { _mm512_set1_ps(x) },
+            |a, b, c| unsafe { _mm512_fmadd_ps(a, b, c) },
+            |v| unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(v))) },
+            $($name, |a, b| unsafe { $wide(a, b) });*);
+        elementwise!(@impl Avx2, [__m256; 2], |x| unsafe { [_mm256_set1_ps(x); 2] },
+            |a, b, c| unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] },
+            |v| unsafe { [shift(v[0]), shift(v[1])] },
+            $($name, |a, b| unsafe { [$half(a[0], b[0]), $half(a[1], b[1])] });*);
+    };
+    (@impl $token:ty, $v:ty, |$x:ident| $splat:expr, |$fa:ident, $fb:ident, $fc:ident| $fma:expr,
+        |$s:ident| $shift:expr, $($name:ident, |$a:ident, $b:ident| $op:expr);*) => {
+        impl Arithmetic for $token {
+            type V = $v;
+            #[inline(always)]
+            fn splat(self, $x: f32) -> $v { $splat }
+            #[inline(always)]
+            fn fma(self, $fa: $v, $fb: $v, $fc: $v) -> $v { $fma }
+            #[inline(always)]
+            fn shift_to_exponent(self, $s: $v) -> $v { $shift }
+            $(#[inline(always)]
+            fn $name(self, $a: $v, $b: $v) -> $v { $op })*
+        }
+    };
+}
+elementwise! {
+    add: _mm512_add_ps, _mm256_add_ps;
+    sub: _mm512_sub_ps, _mm256_sub_ps;
+    mul: _mm512_mul_ps, _mm256_mul_ps;
+    div: _mm512_div_ps, _mm256_div_ps;
+    max: _mm512_max_ps, _mm256_max_ps;
+    min: _mm512_min_ps, _mm256_min_ps
+}
+
+#[inline(always)]
+unsafe fn shift(v: __m256) -> __m256 {
+    unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(v))) }
+}
+
+/// The last three steps of the fold.
+#[inline(always)]
+unsafe fn fold8(v: __m256) -> f32 {
+    unsafe {
+        let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+        let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+        _mm_cvtss_f32(_mm_add_ss(v, _mm_shuffle_ps::<1>(v, v)))
+    }
+}
+
+impl Lanes for Avx512 {
+    const WIDE: bool = true;
+    #[inline(always)]
+    fn load(self, p: &Chunk) -> __m512 {
+        unsafe { _mm512_loadu_ps(p.as_ptr()) }
+    }
+    #[inline(always)]
+    fn store(self, v: __m512, p: &mut Chunk) {
+        unsafe { _mm512_storeu_ps(p.as_mut_ptr(), v) }
+    }
+    #[inline(always)]
+    fn load_f16(self, p: &[f16; LANES]) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn load_bf16(self, p: &[bf16; LANES]) -> __m512 {
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    fn load_i8(self, p: &[i8; LANES]) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.as_ptr().cast()))) }
+    }
+    #[inline(always)]
+    fn widen(self, x: f16) -> f32 {
+        unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(x.to_bits())))) }
+    }
+    #[inline(always)]
+    fn store_f16(self, v: __m512, p: &mut [f16; LANES]) {
+        unsafe {
+            let half = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v);
+            _mm256_storeu_si256(p.as_mut_ptr().cast(), half);
+        }
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, p: *const T) {
+        // A prefetch never faults, so `p` need not be valid.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    fn fold(self, v: __m512) -> f32 {
+        unsafe {
+            fold8(_mm256_add_ps(
+                _mm512_castps512_ps256(v),
+                _mm512_extractf32x8_ps::<1>(v),
+            ))
+        }
+    }
+    #[inline(always)]
+    fn fold_each(self, v: &[__m512; LANES]) -> __m512 {
+        unsafe {
+            let a = wide_to_two(v, 0);
+            let b = wide_to_two(v, 2);
+            _mm512_add_ps(
+                _mm512_shuffle_ps::<0x88>(a, b),
+                _mm512_shuffle_ps::<0xDD>(a, b),
+            )
+        }
+    }
+}
+
+// The four steps of the fold on several registers at once: each takes two registers, lines up the halves
+// that belong together, and adds. Inputs are taken in an order that leaves the sums sorted.
+
+/// `a` and `b` folded to eight lanes each.
+#[inline(always)]
+unsafe fn wide_to_eight(a: __m512, b: __m512) -> __m512 {
+    unsafe {
+        _mm512_add_ps(
+            _mm512_shuffle_f32x4::<0x44>(a, b),
+            _mm512_shuffle_f32x4::<0xEE>(a, b),
+        )
+    }
+}
+
+/// Four lanes of each of four inputs: `i` and every fourth after it.
+#[inline(always)]
+unsafe fn wide_to_four(v: &[__m512; LANES], i: usize) -> __m512 {
+    unsafe {
+        let a = wide_to_eight(v[i], v[i + 4]);
+        let b = wide_to_eight(v[i + 8], v[i + 12]);
+        _mm512_add_ps(
+            _mm512_shuffle_f32x4::<0x88>(a, b),
+            _mm512_shuffle_f32x4::<0xDD>(a, b),
+        )
+    }
+}
+
+/// Two lanes of each of eight inputs: `i` and `i + 1`, each with every fourth after it.
+#[inline(always)]
+unsafe fn wide_to_two(v: &[__m512; LANES], i: usize) -> __m512 {
+    unsafe {
+        let (a, b) = (wide_to_four(v, i), wide_to_four(v, i + 1));
+        _mm512_add_ps(
+            _mm512_shuffle_ps::<0x44>(a, b),
+            _mm512_shuffle_ps::<0xEE>(a, b),
+        )
+    }
+}
+
+// The closures of `map` and `from_fn` are functions of their own, without these instructions; spelled out
+// halves are certain to be compiled with them.
+
+#[inline(always)]
+unsafe fn widen_f16(p: *const f16) -> __m256 {
+    unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+}
+
+#[inline(always)]
+unsafe fn widen_bf16(p: *const bf16) -> __m256 {
+    unsafe {
+        let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+    }
+}
+
+#[inline(always)]
+unsafe fn widen_i8(p: *const i8) -> __m256 {
+    unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
+}
+
+/// `a` and `b` folded to four lanes each: `a` in the lower half.
+#[inline(always)]
+unsafe fn fold_to_four(a: [__m256; 2], b: [__m256; 2]) -> __m256 {
+    unsafe {
+        let (a, b) = (_mm256_add_ps(a[0], a[1]), _mm256_add_ps(b[0], b[1]));
+        _mm256_add_ps(
+            _mm256_permute2f128_ps::<0x20>(a, b),
+            _mm256_permute2f128_ps::<0x31>(a, b),
+        )
+    }
+}
+
+/// Within each half: the first two lanes from `a`, the others from `b`, two lanes folded to one pair.
+#[inline(always)]
+unsafe fn fold_to_two(a: __m256, b: __m256) -> __m256 {
+    unsafe {
+        _mm256_add_ps(
+            _mm256_shuffle_ps::<0x44>(a, b),
+            _mm256_shuffle_ps::<0xEE>(a, b),
+        )
+    }
+}
+
+/// Eight sums: of `v[at]` to `v[at + 7]`, in this order because lower halves take the first four.
+#[inline(always)]
+unsafe fn fold_eight(v: &[[__m256; 2]; LANES], at: usize) -> __m256 {
+    unsafe {
+        let a = fold_to_two(
+            fold_to_four(v[at], v[at + 4]),
+            fold_to_four(v[at + 1], v[at + 5]),
+        );
+        let b = fold_to_two(
+            fold_to_four(v[at + 2], v[at + 6]),
+            fold_to_four(v[at + 3], v[at + 7]),
+        );
+        _mm256_add_ps(
+            _mm256_shuffle_ps::<0x88>(a, b),
+            _mm256_shuffle_ps::<0xDD>(a, b),
+        )
+    }
+}
+
+impl Lanes for Avx2 {
+    const WIDE: bool = false;
+    #[inline(always)]
+    fn load(self, p: &Chunk) -> [__m256; 2] {
+        unsafe {
+            [
+                _mm256_loadu_ps(p.as_ptr()),
+                _mm256_loadu_ps(p[8..].as_ptr()),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn store(self, v: [__m256; 2], p: &mut Chunk) {
+        unsafe {
+            _mm256_storeu_ps(p.as_mut_ptr(), v[0]);
+            _mm256_storeu_ps(p[8..].as_mut_ptr(), v[1]);
+        }
+    }
+    #[inline(always)]
+    fn load_f16(self, p: &[f16; LANES]) -> [__m256; 2] {
+        unsafe { [widen_f16(p.as_ptr()), widen_f16(p[8..].as_ptr())] }
+    }
+    #[inline(always)]
+    fn load_bf16(self, p: &[bf16; LANES]) -> [__m256; 2] {
+        unsafe { [widen_bf16(p.as_ptr()), widen_bf16(p[8..].as_ptr())] }
+    }
+    #[inline(always)]
+    fn load_i8(self, p: &[i8; LANES]) -> [__m256; 2] {
+        unsafe { [widen_i8(p.as_ptr()), widen_i8(p[8..].as_ptr())] }
+    }
+    #[inline(always)]
+    fn widen(self, x: f16) -> f32 {
+        unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(x.to_bits())))) }
+    }
+    #[inline(always)]
+    fn store_f16(self, v: [__m256; 2], p: &mut [f16; LANES]) {
+        unsafe {
+            let low = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v[0]);
+            let high = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v[1]);
+            _mm_storeu_si128(p.as_mut_ptr().cast(), low);
+            _mm_storeu_si128(p[8..].as_mut_ptr().cast(), high);
+        }
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, p: *const T) {
+        // A prefetch never faults, so `p` need not be valid.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    fn fold(self, v: [__m256; 2]) -> f32 {
+        unsafe { fold8(_mm256_add_ps(v[0], v[1])) }
+    }
+    #[inline(always)]
+    fn fold_each(self, v: &[[__m256; 2]; LANES]) -> [__m256; 2] {
+        unsafe { [fold_eight(v, 0), fold_eight(v, 8)] }
+    }
+}
