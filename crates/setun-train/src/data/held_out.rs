@@ -1,0 +1,182 @@
+//! Held-out text, cut into fixed windows, and the measures taken on it.
+//!
+//! Protocol: the set's documents in file order, joined as in training (the end-of-text token before each and after
+//! the last), are one stream `s[0..=n]`. Window `k` of length `L` feeds `s[kL..(k+1)L]` and scores
+//! `s[kL+1..(k+1)L+1]`; the last window may be shorter. So every token of every document and its end marker is
+//! scored exactly once, with at most `L` tokens before it. Bits per byte divides by the UTF-8 bytes
+//! of the documents; end markers cost bits and add no bytes, so a tokenizer cannot gain by them.
+
+use std::path::PathBuf;
+
+use super::Batch;
+use super::documents::{self, Documents};
+use crate::error::TrainError;
+use crate::vocabulary::Vocabulary;
+
+/// One held-out set.
+#[derive(Debug, Clone)]
+pub struct HeldOut {
+    name: String,
+    stream: Vec<u32>,
+    /// Bytes of text before each position of the stream, so that any run of targets knows its bytes.
+    bytes_before: Vec<u64>,
+    seq_len: usize,
+}
+
+impl HeldOut {
+    /// Reads and tokenises a set.
+    ///
+    /// # Errors
+    /// When a file cannot be used, or the set holds no document.
+    pub fn load(
+        name: &str,
+        paths: &[PathBuf],
+        vocabulary: &Vocabulary,
+        seq_len: usize,
+    ) -> Result<Self, TrainError> {
+        let documents = Documents::new(documents::files(paths)?);
+        let set = Self::new(name, documents, vocabulary, seq_len)?;
+        if set.tokens() == 0 {
+            let path = paths.first().cloned().unwrap_or_default();
+            return Err(TrainError::file(
+                &path,
+                format!("held-out set `{name}` holds no document"),
+            ));
+        }
+        Ok(set)
+    }
+
+    /// A set of documents that are in no file. Windows of `seq_len` tokens, at least 1.
+    ///
+    /// # Errors
+    /// The first error among `documents`, or the tokenizer's.
+    pub fn new(
+        name: &str,
+        documents: impl IntoIterator<Item = Result<String, TrainError>>,
+        vocabulary: &Vocabulary,
+        seq_len: usize,
+    ) -> Result<Self, TrainError> {
+        let marker = vocabulary.end_of_text();
+        // Position i of `bytes_before` counts the text of the targets before position i: of s[1..i].
+        let (mut stream, mut bytes_before, mut total) = (vec![marker], vec![0, 0], 0);
+        for document in documents {
+            let document = document?;
+            let (ids, ends) = vocabulary.encode_with_ends(&document)?;
+            stream.extend(ids);
+            // Offsets of odd normalisers may step back; bytes are counted where they are first reached.
+            bytes_before.extend(ends.iter().scan(0, |reached, &end| {
+                *reached = end.min(document.len()).max(*reached);
+                Some(total + *reached as u64)
+            }));
+            // Text that no token covers (a normaliser may drop some) counts with the end marker.
+            total += document.len() as u64;
+            stream.push(marker);
+            bytes_before.push(total);
+        }
+        Ok(Self {
+            name: name.to_owned(),
+            stream,
+            bytes_before,
+            seq_len: seq_len.max(1),
+        })
+    }
+
+    /// Its name in metrics.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Tokens that are scored.
+    pub fn tokens(&self) -> usize {
+        self.stream.len() - 1
+    }
+
+    /// UTF-8 bytes of the documents.
+    pub fn bytes(&self) -> u64 {
+        self.bytes_before[self.stream.len()]
+    }
+
+    /// The windows, at most `batch` at a time; all of one batch have one length. With `limit`, about so many tokens, in
+    /// windows taken evenly from the whole set, the same ones every time.
+    pub fn batches(
+        &self,
+        batch: usize,
+        limit: Option<usize>,
+    ) -> impl Iterator<Item = HeldOutBatch> + '_ {
+        let windows = self.tokens().div_ceil(self.seq_len);
+        let wanted = limit.map_or(windows, |tokens| {
+            tokens.div_ceil(self.seq_len).clamp(1, windows.max(1))
+        });
+        let wanted = wanted.min(windows);
+        let batch = batch.max(1);
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let mut made = HeldOutBatch {
+                batch: Batch {
+                    ids: Vec::new(),
+                    targets: Vec::new(),
+                    batch: 0,
+                    seq_len: 0,
+                },
+                bytes: 0,
+            };
+            while next < wanted && made.batch.batch < batch {
+                // Window ⌊next · windows / wanted⌋: all of them when all are wanted.
+                let start =
+                    (next as u128 * windows as u128 / wanted as u128) as usize * self.seq_len;
+                let end = (start + self.seq_len).min(self.tokens());
+                if made.batch.batch > 0 && end - start != made.batch.seq_len {
+                    break;
+                }
+                made.batch.seq_len = end - start;
+                made.batch.batch += 1;
+                made.batch.ids.extend_from_slice(&self.stream[start..end]);
+                made.batch
+                    .targets
+                    .extend_from_slice(&self.stream[start + 1..end + 1]);
+                made.bytes += self.bytes_before[end + 1] - self.bytes_before[start + 1];
+                next += 1;
+            }
+            (made.batch.batch > 0).then_some(made)
+        })
+    }
+}
+
+/// Some windows of a held-out set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeldOutBatch {
+    /// Ids and targets; the last batch may have fewer and shorter sequences.
+    pub batch: Batch,
+    /// UTF-8 bytes of the text that the targets stand for.
+    pub bytes: u64,
+}
+
+/// Sums over held-out batches.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Score {
+    /// Total cross-entropy, in nats.
+    pub nats: f64,
+    /// Targets scored.
+    pub tokens: u64,
+    /// Their UTF-8 bytes.
+    pub bytes: u64,
+}
+
+impl Score {
+    /// Adds a batch whose cross-entropy, summed over its targets, is `nats`.
+    pub fn add(&mut self, nats: f64, of: &HeldOutBatch) {
+        self.nats += nats;
+        self.tokens += of.batch.targets.len() as u64;
+        self.bytes += of.bytes;
+    }
+
+    /// Nats per token; not a number before anything was added.
+    pub fn loss(&self) -> f64 {
+        self.nats / self.tokens as f64
+    }
+
+    /// Bits per UTF-8 byte: comparable between tokenizers.
+    pub fn bits_per_byte(&self) -> f64 {
+        self.nats / std::f64::consts::LN_2 / self.bytes as f64
+    }
+}
