@@ -272,7 +272,7 @@ impl Checkpoint {
             .iter()
             .map(|t| (score(&t.name), t.name.as_str()))
             .collect();
-        near.sort_by(|a, b| b.0.cmp(&a.0)); // Stable: file order among equals.
+        near.sort_by_key(|&(score, _)| std::cmp::Reverse(score)); // Stable: file order among equals.
         let names: Vec<String> = near.iter().take(3).map(|(_, n)| format!("`{n}`")).collect();
         match names.len() {
             0 => " (the file holds no tensors)".to_owned(),

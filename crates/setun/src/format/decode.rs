@@ -56,7 +56,7 @@ fn tq1_codes(stored: &[u8], out: &mut [u8]) {
         for (m, &byte) in stored[at..at + bytes].iter().enumerate() {
             let mut fraction = byte;
             for n in 0..digits {
-                codes[first + bytes * n + m] = (u16::from(fraction) * 3 >> 8) as u8;
+                codes[first + bytes * n + m] = ((u16::from(fraction) * 3) >> 8) as u8;
                 fraction = fraction.wrapping_mul(3);
             }
         }

@@ -273,13 +273,13 @@ fn ternary_plan(facts: &Llama2cFacts) -> Plan {
     } = facts;
     let kv_dim = facts.kv_dim();
     let parts = [
-        ("self_attn.q_proj", [dim, dim], heads),
-        ("self_attn.k_proj", [kv_dim, dim], kv_heads),
-        ("self_attn.v_proj", [kv_dim, dim], 0),
-        ("self_attn.o_proj", [dim, dim], 0),
-        ("mlp.gate_proj", [hidden_dim, dim], 0),
-        ("mlp.down_proj", [dim, hidden_dim], 0),
-        ("mlp.up_proj", [hidden_dim, dim], 0),
+        ("self_attn.q_proj", [dim, dim], Some(heads)),
+        ("self_attn.k_proj", [kv_dim, dim], Some(kv_heads)),
+        ("self_attn.v_proj", [kv_dim, dim], None),
+        ("self_attn.o_proj", [dim, dim], None),
+        ("mlp.gate_proj", [hidden_dim, dim], None),
+        ("mlp.down_proj", [dim, hidden_dim], None),
+        ("mlp.up_proj", [hidden_dim, dim], None),
     ];
     let mut plan = Plan {
         end: TERNARY_HEADER as u128,
@@ -330,18 +330,18 @@ fn paired_row(row: usize, head_dim: usize) -> usize {
 
 /// Scale first, then codes from the highest bits down (00 = 0, 01 = +1, 11 = −1) become canonical
 /// codes, then the scale.
-fn high_first_trits(info: &TensorInfo, stored: &[u8], heads: usize) -> Result<Vec<u8>, ModelError> {
+fn high_first_trits(
+    info: &TensorInfo,
+    stored: &[u8],
+    heads: Option<usize>,
+) -> Result<Vec<u8>, ModelError> {
     let (rows, cols) = (info.shape[0], info.shape[1]);
     let (scale, packed) = stored.split_at(4);
     let row_bytes = cols.div_ceil(4);
     let mut out = vec![0u8; rows * row_bytes];
     let mut bad = 0usize;
     for (row, codes) in out.chunks_exact_mut(row_bytes).enumerate() {
-        let from = if heads == 0 {
-            row
-        } else {
-            paired_row(row, rows / heads)
-        };
+        let from = heads.map_or(row, |heads| paired_row(row, rows / heads));
         for col in 0..cols {
             let flat = from * cols + col;
             let code = match packed[flat / 4] >> (6 - 2 * (flat % 4)) & 3 {

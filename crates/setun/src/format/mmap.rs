@@ -31,7 +31,8 @@ impl FileBytes {
         // SAFETY: the mapping is private and read-only, so nothing here can write through it. Another
         // process that rewrites the file in place meanwhile could change the bytes under us, as with
         // every mapped file; headers are checked once, and what is read from tensors afterwards is
-        // plain numbers in which every bit pattern is a valid value, so no index depends on them.
+        // plain numbers in which every bit pattern is a valid value, so no index depends on them. A file
+        // cut short meanwhile ends the process with a bus error, which is no undefined behaviour.
         let mapped = unsafe { memmap2::Mmap::map(&file) };
         mapped
             .map(Self::Mapped)

@@ -90,7 +90,7 @@ impl Encoding {
             Self::I2S => (count / 4).checked_add(32),
             Self::Trit2 => {
                 let cols = shape.last().copied().unwrap_or(1);
-                let rows = if cols == 0 { 0 } else { count / cols };
+                let rows = count.checked_div(cols).unwrap_or(0);
                 rows.checked_mul(cols.div_ceil(4))?.checked_add(4)
             }
             Self::Other(_) => None,
@@ -157,8 +157,8 @@ pub(crate) enum Rewrite {
     /// Rows of each of `heads` heads go from neighbouring rotary pairs to split halves.
     SplitRotaryPairs { heads: usize },
     /// Scale-first high-bits-first trits become [`Encoding::Trit2`], rows reordered as above
-    /// where `heads` is not 0.
-    HighFirstTrits { heads: usize },
+    /// where there are `heads`.
+    HighFirstTrits { heads: Option<usize> },
 }
 
 /// A tensor with its bytes.
