@@ -18,3 +18,4 @@ pub mod kv_cache;
 pub mod engine;
 pub mod sampler;
 pub mod generate;
+pub mod eval;
