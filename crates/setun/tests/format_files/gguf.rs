@@ -391,5 +391,7 @@ fn what_gguf_cannot_hold_is_refused_before_a_file_is_made() {
     assert!(create(&[4], Encoding::U8).contains("U8 is no GGUF type"));
     assert!(create(&[128], Encoding::TQ2_0).contains("multiple of 256"));
     assert!(create(&[1, 1, 1, 1, 1], Encoding::F32).contains("more than 4 dimensions"));
+    assert!(create(&[2, 0], Encoding::F32).contains("or one of 0"));
+    assert!(create(&[usize::MAX / 4], Encoding::F32).contains("too large"));
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }

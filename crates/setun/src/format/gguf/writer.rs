@@ -56,11 +56,17 @@ impl GgufWriter {
         let mut names = HashSet::new();
         let (mut offset, mut lengths) = (0usize, Vec::with_capacity(specs.len()));
         for spec in &specs {
-            if spec.shape.len() > 4 || !names.insert(spec.name.as_str()) {
-                let what = format!(
-                    "cannot be written: tensor `{}` has more than 4 dimensions or occurs twice",
-                    spec.name
-                );
+            let fault = if spec.name.is_empty() || spec.name.len() > 65_535 {
+                Some("has a name that is empty or longer than 65535 bytes")
+            } else if !names.insert(spec.name.as_str()) {
+                Some("occurs twice")
+            } else if spec.shape.len() > 4 || spec.shape.contains(&0) {
+                Some("has more than 4 dimensions, or one of 0")
+            } else {
+                None
+            };
+            if let Some(fault) = fault {
+                let what = format!("cannot be written: tensor `{}` {fault}", spec.name);
                 return Err(ModelError::format(path, what));
             }
             let refuse = |why: &str| ModelError::CannotEncode {
@@ -84,7 +90,10 @@ impl GgufWriter {
             put_u32(&mut header, id);
             put_u64(&mut header, offset);
             lengths.push(length);
-            offset = (offset + length).next_multiple_of(alignment);
+            offset = offset
+                .checked_add(length)
+                .and_then(|end| end.checked_next_multiple_of(alignment))
+                .ok_or_else(|| ModelError::format(path, "cannot be written: it is too large"))?;
         }
         let mut output = Output::create(path)?;
         output.write(&header)?;
