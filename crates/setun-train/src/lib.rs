@@ -8,3 +8,14 @@
 //! The linear layers of a ternary model are BitLinear (<https://arxiv.org/abs/2402.17764>): the forward product is the exact
 //! integer product of inference, on the same kernels; the backward pass is straight-through.
 
+pub mod config;
+pub mod data;
+pub mod engine;
+pub mod error;
+pub mod loss;
+pub mod optimizer;
+pub mod params;
+pub mod schedule;
+pub mod tape;
+pub mod vocabulary;
+pub mod weights;

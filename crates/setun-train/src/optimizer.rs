@@ -1,0 +1,100 @@
+//! AdamW with global-norm clipping, in one pass over masters, moments and gradients.
+
+use crate::config::OptimizerSection;
+use crate::engine::{CHUNK, Engine, sum2, vectorised};
+use crate::params::Params;
+use crate::schedule::Rates;
+use crate::tape::Gradients;
+
+/// AdamW (Loshchilov and Hutter, 2019, <https://arxiv.org/abs/1711.05101>), its moments in f32.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdamW {
+    betas: [f64; 2],
+    eps: f64,
+    clip: f64,
+    /// Steps taken.
+    pub(crate) steps: u64,
+    /// First and second moment of every parameter.
+    pub(crate) moments: [Vec<Vec<f32>>; 2],
+}
+
+impl AdamW {
+    /// With zero moments.
+    pub fn new(settings: &OptimizerSection, params: &Params) -> Self {
+        let zeros = || params.iter().map(|p| vec![0.0; p.values.len()]).collect();
+        let OptimizerSection { betas, eps, clip, .. } = *settings;
+        Self { betas, eps, clip, steps: 0, moments: [zeros(), zeros()] }
+    }
+
+    /// Changes `params` along `gradients`; returns their global norm before clipping.
+    ///
+    /// A norm that is not finite changes nothing: the caller decides what that means for the run. Weight decay applies
+    /// as [`crate::params::Kind::decays`] says.
+    pub fn step(&mut self, engine: &Engine, params: &mut Params, gradients: &Gradients, rates: Rates) -> f64 {
+        let norm = gradient_norm(engine, gradients);
+        if !norm.is_finite() {
+            return norm;
+        }
+        self.steps += 1;
+        let clipped = if self.clip > 0.0 && norm > self.clip { self.clip / norm } else { 1.0 };
+        let [b1, b2] = self.betas;
+        let correct = |beta: f64| 1.0 - beta.powf(self.steps as f64);
+        let rule = Rule {
+            scale: clipped as f32,
+            b1: b1 as f32,
+            b2: b2 as f32,
+            c1: (1.0 - b1) as f32,
+            c2: (1.0 - b2) as f32,
+            // lr / (1 - b1^t) · m / (sqrt(v / (1 - b2^t)) + eps), with one division per element.
+            rate: (rates.lr / correct(b1) * correct(b2).sqrt()) as f32,
+            eps: (self.eps * correct(b2).sqrt()) as f32,
+            keep: 1.0,
+        };
+        let [first, second] = &mut self.moments;
+        let mut pieces = Vec::new();
+        for (((param, m), v), g) in params.iter_mut().zip(first).zip(second).zip(gradients.iter()) {
+            let keep = if param.kind.decays() { (1.0 - rates.lr * rates.weight_decay) as f32 } else { 1.0 };
+            let rule = Rule { keep, ..rule };
+            let parts = param.values.chunks_mut(CHUNK).zip(m.chunks_mut(CHUNK)).zip(v.chunks_mut(CHUNK));
+            pieces.extend(parts.zip(g.chunks(CHUNK)).map(|(((w, m), v), g)| (rule, w, m, v, g)));
+        }
+        engine.pool.run_items(pieces, |_, (rule, w, m, v, g)| rule.apply(w, m, v, g));
+        norm
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Rule {
+    scale: f32,
+    b1: f32,
+    b2: f32,
+    c1: f32,
+    c2: f32,
+    rate: f32,
+    eps: f32,
+    keep: f32,
+}
+
+impl Rule {
+    fn apply(self, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
+        let Self { scale, b1, b2, c1, c2, rate, eps, keep } = self;
+        vectorised(|| {
+            for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
+                let g = g * scale;
+                *m = b1 * *m + c1 * g;
+                *v = b2 * *v + c2 * g * g;
+                *w = *w * keep - rate * *m / (v.sqrt() + eps);
+            }
+        });
+    }
+}
+
+/// `sqrt(Σ g²)` over all parameters: chunks in f32, their sum in f64, in a fixed order.
+fn gradient_norm(engine: &Engine, gradients: &Gradients) -> f64 {
+    let chunks: Vec<&[f32]> = gradients.iter().flat_map(|g| g.chunks(CHUNK)).collect();
+    let mut sums = vec![0f64; chunks.len()];
+    engine.pool.run_chunks_mut(&mut sums, 1, |i, sum| {
+        sum[0] = f64::from(vectorised(|| sum2(chunks[i], chunks[i], |a, b| a * b)));
+    });
+    sums.iter().sum::<f64>().sqrt()
+}

@@ -1,0 +1,208 @@
+//! Float masters: what a training run learns, in the order of the forward pass.
+
+use setun::config::ModelConfig;
+use setun::error::ModelError;
+use setun::model::{Model, Role, Source};
+
+/// A parameter's place in its [`Params`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ParamId(pub(crate) usize);
+
+/// What a parameter is, which decides how it is initialised, decayed and multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A matrix.
+    Matrix(Role),
+    /// Weight of a norm.
+    Norm,
+    /// Bias of a linear layer.
+    Bias,
+}
+
+impl Kind {
+    /// Whether weight decay applies: to linear layers, not to the embedding, norms and biases, whose size carries meaning of its own.
+    pub fn decays(self) -> bool {
+        matches!(self, Kind::Matrix(Role::Ternary | Role::Float))
+    }
+}
+
+/// One tensor of the model in full precision.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Param {
+    /// Hugging Face spelling.
+    pub name: String,
+    /// `[rows, cols]`, or `[len, 1]` for a vector.
+    pub rows: usize,
+    /// See `rows`.
+    pub cols: usize,
+    /// What it is.
+    pub kind: Kind,
+    /// Row-major.
+    pub values: Vec<f32>,
+}
+
+impl Param {
+    /// The shape as files write it: vectors have one dimension.
+    pub fn shape(&self) -> Vec<usize> {
+        match self.kind {
+            Kind::Matrix(_) => vec![self.rows, self.cols],
+            Kind::Norm | Kind::Bias => vec![self.rows],
+        }
+    }
+}
+
+/// All parameters of a model.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Params {
+    list: Vec<Param>,
+}
+
+impl std::ops::Index<ParamId> for Params {
+    type Output = Param;
+    fn index(&self, id: ParamId) -> &Param {
+        &self.list[id.0]
+    }
+}
+
+impl Params {
+    /// Every parameter, in the order of the forward pass.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &Param> {
+        self.list.iter()
+    }
+
+    pub(crate) fn iter_mut(&mut self) -> impl ExactSizeIterator<Item = &mut Param> {
+        self.list.iter_mut()
+    }
+
+    /// The values of one parameter, to be changed.
+    pub fn values_mut(&mut self, id: ParamId) -> &mut [f32] {
+        &mut self.list[id.0].values
+    }
+
+    /// How many tensors.
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// How many numbers.
+    pub fn total(&self) -> usize {
+        self.list.iter().map(|p| p.values.len()).sum()
+    }
+
+    /// Adds a parameter. Panics unless it has `rows * cols` values.
+    pub fn add(&mut self, param: Param) -> ParamId {
+        assert_eq!(param.values.len(), param.rows * param.cols, "values of `{}`", param.name);
+        self.list.push(param);
+        ParamId(self.list.len() - 1)
+    }
+}
+
+/// A model of parameters.
+pub type TrainModel = Model<ParamId, ParamId>;
+
+/// A fresh model: matrices from `N(0, 0.02²)`, norms 1, biases 0.
+///
+/// Matrices that write to the residual stream are smaller by `1 / sqrt(2 · layers)`, so that its variance does not grow
+/// with depth (GPT-2, Radford et al., 2019, section 2.3). The values depend on `seed` and the tensor's name alone.
+///
+/// # Errors
+/// None but those of [`Model::build`].
+pub fn initialise(config: ModelConfig, seed: u64) -> Result<(TrainModel, Params), ModelError> {
+    let residual = 1.0 / ((2 * config.num_layers) as f64).sqrt();
+    load(config, |name, rows, cols, kind| {
+        let count = rows * cols;
+        Ok(match kind {
+            Kind::Norm => vec![1.0; count],
+            Kind::Bias => vec![0.0; count],
+            Kind::Matrix(_) => {
+                let writes_residual = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
+                normal(seed, name, count, if writes_residual { 0.02 * residual } else { 0.02 })
+            }
+        })
+    })
+}
+
+/// A model whose tensors come from `tensor(name, rows, cols, kind)`: a checkpoint, a file to fine-tune.
+///
+/// # Errors
+/// The first that `tensor` returns, or a value of another length than `rows * cols`.
+pub fn load<F>(config: ModelConfig, tensor: F) -> Result<(TrainModel, Params), ModelError>
+where
+    F: FnMut(&str, usize, usize, Kind) -> Result<Vec<f32>, ModelError>,
+{
+    let mut source = From { params: Params::default(), tensor };
+    let model = Model::build(config, &mut source)?;
+    Ok((model, source.params))
+}
+
+struct From<F> {
+    params: Params,
+    tensor: F,
+}
+
+impl<F: FnMut(&str, usize, usize, Kind) -> Result<Vec<f32>, ModelError>> From<F> {
+    fn add(&mut self, name: &str, rows: usize, cols: usize, kind: Kind) -> Result<ParamId, ModelError> {
+        let values = (self.tensor)(name, rows, cols, kind)?;
+        if values.len() != rows * cols {
+            let (expected, found) = (vec![rows, cols], vec![values.len()]);
+            return Err(ModelError::Shape { name: name.to_owned(), expected, found });
+        }
+        Ok(self.params.add(Param { name: name.to_owned(), rows, cols, kind, values }))
+    }
+}
+
+impl<F: FnMut(&str, usize, usize, Kind) -> Result<Vec<f32>, ModelError>> Source for From<F> {
+    type Matrix = ParamId;
+    type Vector = ParamId;
+
+    fn matrix(&mut self, name: &str, rows: usize, cols: usize, role: Role) -> Result<ParamId, ModelError> {
+        self.add(name, rows, cols, Kind::Matrix(role))
+    }
+
+    fn vector(&mut self, name: &str, len: usize) -> Result<ParamId, ModelError> {
+        let kind = if name.ends_with(".bias") { Kind::Bias } else { Kind::Norm };
+        self.add(name, len, 1, kind)
+    }
+}
+
+/// `count` numbers from `N(0, deviation²)`: Box and Muller's method on a counter-based generator.
+fn normal(seed: u64, name: &str, count: usize, deviation: f64) -> Vec<f32> {
+    let stream = name.bytes().fold(mix(seed), |state, byte| mix(state ^ u64::from(byte)));
+    let uniform = |index: u64| (mix(stream.wrapping_add(index)) >> 11) as f64 / (1u64 << 53) as f64;
+    let pair = |i: u64| {
+        let radius = (-2.0 * (1.0 - uniform(2 * i)).ln()).sqrt() * deviation;
+        let (sin, cos) = (std::f64::consts::TAU * uniform(2 * i + 1)).sin_cos();
+        [(radius * cos) as f32, (radius * sin) as f32]
+    };
+    (0..count.div_ceil(2) as u64).flat_map(pair).take(count).collect()
+}
+
+/// SplitMix64's step and finaliser (Steele, Lea and Flood, 2014).
+fn mix(state: u64) -> u64 {
+    let mut z = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn initial_values_have_the_deviation_asked_for_and_differ_by_name_and_seed() {
+        let a = normal(1, "a", 100_001, 0.02);
+        let mean = a.iter().map(|&x| f64::from(x)).sum::<f64>() / a.len() as f64;
+        let variance = a.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / a.len() as f64;
+        assert!(mean.abs() < 3e-4, "{mean}");
+        assert!((variance.sqrt() - 0.02).abs() < 2e-4, "{variance}");
+        assert_eq!(a, normal(1, "a", 100_001, 0.02));
+        assert_ne!(a[..10], normal(1, "b", 10, 0.02)[..]);
+        assert_ne!(a[..10], normal(2, "a", 10, 0.02)[..]);
+    }
+}
