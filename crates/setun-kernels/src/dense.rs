@@ -12,6 +12,7 @@ use crate::Kernels;
 use crate::lanes::{Chunk, Job, LANES, Lanes, chunk_at};
 use crate::scratch::{Parts, with_scratch};
 use crate::threads::Pool;
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 /// Bytes of a Q8_0 block: an f16 scale and [`Q8_0_LEN`] signed bytes.
@@ -162,14 +163,8 @@ impl DenseMatrix {
         let cells = r * self.cols..(r + 1) * self.cols;
         match &self.data {
             DenseData::F32(d) => out.copy_from_slice(&d[cells]),
-            DenseData::F16(d) => out
-                .iter_mut()
-                .zip(&d[cells])
-                .for_each(|(o, w)| *o = w.to_f32()),
-            DenseData::BF16(d) => out
-                .iter_mut()
-                .zip(&d[cells])
-                .for_each(|(o, w)| *o = w.to_f32()),
+            DenseData::F16(d) => d[cells].convert_to_f32_slice(out),
+            DenseData::BF16(d) => d[cells].convert_to_f32_slice(out),
             DenseData::Q8_0(d) => {
                 let row = Blocks::row(d, self.cols, r);
                 for (out, block) in out.chunks_exact_mut(Q8_0_LEN).zip(row.0) {
