@@ -202,3 +202,17 @@ fn a_folder_without_one_clear_model_and_a_bad_config_are_refused() {
         "{error}"
     );
 }
+
+#[test]
+fn a_tensor_reads_the_same_after_its_pages_were_released() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.bin"); // The name decides nothing.
+    write(&path, &["long name"]);
+    let file = Checkpoint::open(&path).unwrap();
+    let before = file.tensor("long name").unwrap().data.into_owned();
+    file.release(file.info("long name").unwrap());
+    assert_eq!(file.tensor("long name").unwrap().data[..], before);
+    assert_eq!(before, [9; 16]);
+    let error = Checkpoint::open(folder.path().join("gone")).unwrap_err().to_string();
+    assert!(error.contains("cannot read") && error.contains("gone"), "{error}");
+}
