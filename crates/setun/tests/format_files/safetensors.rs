@@ -213,6 +213,11 @@ fn a_tensor_reads_the_same_after_its_pages_were_released() {
     file.release(file.info("long name").unwrap());
     assert_eq!(file.tensor("long name").unwrap().data[..], before);
     assert_eq!(before, [9; 16]);
-    let error = Checkpoint::open(folder.path().join("gone")).unwrap_err().to_string();
-    assert!(error.contains("cannot read") && error.contains("gone"), "{error}");
+    let error = Checkpoint::open(folder.path().join("gone"))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("cannot read") && error.contains("gone"),
+        "{error}"
+    );
 }
