@@ -6,8 +6,8 @@
 //! Field `j` (two bits) of byte `b` holds the code of column `4j + b`: masking a field of a whole vector
 //! gives four consecutive columns, ready for the four activations that one instruction multiplies.
 //!
-//! Up to six tokens multiply the packed weights directly (decoding waits for memory); more tokens unpack
-//! a panel to bytes once and reuse it from the second-level cache (prompts wait for arithmetic).
+//! A few tokens multiply the packed weights directly (decoding waits for memory); many tokens unpack a
+//! panel to bytes once and reuse it from the second-level cache (prompts wait for arithmetic).
 //!
 //! Sums are `i32` and exact. The floats after them are defined operation by operation, so that all
 //! kernels give the same bits; see [`PackedMatrix::matmul`].
@@ -30,8 +30,6 @@ pub mod scalar;
 
 /// Columns of a tile.
 const TILE_COLS: usize = 16;
-/// Most tokens that multiply packed weights directly.
-const DIRECT_TOKENS: usize = 6;
 /// Most rows of a panel and most tokens of one call of a kernel.
 const MAX_ROWS: usize = 64;
 const MAX_TOKENS: usize = 6;
@@ -39,22 +37,36 @@ const MAX_TOKENS: usize = 6;
 /// until it is shifted down, stays below 2^16 · 64 · 2 · 128 = 2^30.
 const MAX_TILES: usize = (1 << 18) / TILE_COLS;
 
+/// `(tiles, count of tiles, activations of each token, sums)`.
+type Dot = unsafe fn(*const u8, usize, &[*const i8], &mut Sums);
+
 /// The vector kernels of one instruction set. All take valid pointers as documented and need the
 /// instruction set: whoever calls them holds a [`Kernels`] of it.
 pub(crate) struct TileKernels {
     /// Rows of a panel.
     rows: usize,
-    /// `sums[t][row] = Σ code · activation` for 1 to `direct_tokens` tokens, from packed tiles:
-    /// `(tiles, count of tiles, activations of each token, sums)`.
-    direct: unsafe fn(*const u8, usize, &[*const i8], &mut Sums),
+    /// `sums[t][row] = Σ code · activation` for 1 to `direct_tokens` tokens, from packed tiles.
+    direct: Dot,
     direct_tokens: usize,
     /// Packed tiles to one byte for each code, `[columns / 4][rows][4]`.
     unpack: unsafe fn(*const u8, usize, *mut u8),
     /// As `direct`, for 1 to `unpacked_tokens` tokens from unpacked tiles.
-    unpacked: unsafe fn(*const u8, usize, &[*const i8], &mut Sums),
+    unpacked: Dot,
     unpacked_tokens: usize,
+    /// More tokens than this are worth unpacking a panel for.
+    direct_limit: usize,
     /// `y[row] = fma(sum[row] - correction, scale[row], y[row])`, all as long as `scale`.
     fold: unsafe fn(&[i32], i32, &[f32], &mut [f32]),
+    /// `out[row] = (sum[row] - correction) · factor`, as long as `out`.
+    finish: unsafe fn(&[i32], i32, Factor, &mut [f32]),
+}
+
+/// What an integer sum is multiplied with.
+#[derive(Clone, Copy)]
+enum Factor<'a> {
+    Tensor(f32),
+    /// A row's scale times the token's inverse.
+    Row(&'a [f32], f32),
 }
 
 /// Sums of a panel for the tokens of a call.
@@ -294,6 +306,8 @@ struct Job<'a> {
     /// Sums of the activations of each block, `[tokens, blocks]`: with codes `w + 1`,
     /// `Σ w·a = Σ code·a - Σ a`.
     block_sums: Vec<i32>,
+    /// Whether every block of columns has its own scale to apply.
+    by_block: bool,
     out: Out,
 }
 
@@ -311,6 +325,7 @@ impl<'a> Job<'a> {
             "output of a matrix product"
         );
         let (mut relaid, mut block_sums) = (Vec::new(), Vec::new());
+        let by_block = matches!((&matrix.scales, out), (Scales::Block { .. }, Out::F32(_)));
         if tile_kernels(matrix.kernels.isa).is_some() {
             if !columns.contiguous() {
                 let stride = columns.all_tiles() * TILE_COLS;
@@ -323,10 +338,8 @@ impl<'a> Job<'a> {
                     }
                 }
             }
-            for t in 0..tokens {
-                if columns.blocks() == 1 {
-                    block_sums.push(acts.sum(t));
-                } else {
+            if by_block {
+                for t in 0..tokens {
                     let blocks = acts.row(t).chunks(columns.block);
                     let sum = |block: &[i8]| block.iter().map(|&a| i32::from(a)).sum::<i32>();
                     block_sums.extend(blocks.map(sum));
@@ -338,6 +351,7 @@ impl<'a> Job<'a> {
             acts,
             relaid,
             block_sums,
+            by_block,
             out,
         }
     }
@@ -356,11 +370,17 @@ impl<'a> Job<'a> {
         tile_kernels(self.matrix.kernels.isa).map_or(SCALAR_ROWS, |k| k.rows)
     }
 
+    /// Whether packed weights are used as they are.
+    fn direct(&self) -> bool {
+        let kernels = tile_kernels(self.matrix.kernels.isa);
+        kernels.is_none_or(|k| self.acts.tokens() <= k.direct_limit)
+    }
+
     /// How the product is cut up: panels, and tokens, of a chunk.
     fn cut(&self, threads: usize) -> (usize, usize) {
         let panels = self.matrix.rows.div_ceil(self.panel_rows());
         let tokens = self.acts.tokens();
-        if tokens <= DIRECT_TOKENS {
+        if self.direct() {
             // Neighbouring panels stay together: prefetching runs ahead from one into the next.
             let pieces = if threads == 1 { 1 } else { threads * 8 };
             return (panels.div_ceil(pieces).clamp(1, 8), tokens);
@@ -388,9 +408,15 @@ impl<'a> Job<'a> {
         let first_panel = chunk % columns_of_chunks * panels;
         let first_token = chunk / columns_of_chunks * tokens;
         let tokens = first_token..self.acts.tokens().min(first_token + tokens);
+        let zero = [[0; MAX_ROWS]; MAX_TOKENS];
+        let mut work = Work {
+            total: zero,
+            part: zero,
+            folded: [[0.0; MAX_ROWS]; MAX_TOKENS],
+        };
         for panel in first_panel..all_panels.min(first_panel + panels) {
             match tile_kernels(self.matrix.kernels.isa) {
-                Some(k) => self.run_panel(k, panel, tokens.clone()),
+                Some(k) => self.run_panel(k, &mut work, panel, tokens.clone()),
                 None => self.run_scalar(panel, tokens.clone()),
             }
         }
@@ -420,62 +446,66 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn run_panel(&self, k: &TileKernels, panel: usize, tokens: Range<usize>) {
+    fn run_panel(&self, k: &TileKernels, work: &mut Work, panel: usize, tokens: Range<usize>) {
         let m = self.matrix;
         let tile_bytes = k.rows * 4;
         let tiles = m.columns.all_tiles();
         let packed = &m.bytes[panel * tiles * tile_bytes..][..tiles * tile_bytes];
-        if self.acts.tokens() <= DIRECT_TOKENS {
-            for first in tokens.clone().step_by(k.direct_tokens) {
-                let group = first..tokens.end.min(first + k.direct_tokens);
+        if self.direct() {
+            let weights = Weights {
+                bytes: packed,
+                tile_bytes,
+                dot: k.direct,
+            };
+            for group in even_groups(tokens, k.direct_tokens) {
                 // SAFETY: `packed` is `tiles` tiles, and `k` belongs to the matrix's kernel set.
-                unsafe { self.run_group(k, k.direct, packed, tile_bytes, panel, group) };
+                unsafe { self.run_group(k, weights, work, panel, group) };
             }
         } else {
             with_scratch(tiles * tile_bytes * 4, |bytes| {
                 // SAFETY: four bytes come from each packed one, and there is room for them.
                 unsafe { (k.unpack)(packed.as_ptr(), tiles, bytes.as_mut_ptr()) };
-                for first in tokens.clone().step_by(k.unpacked_tokens) {
-                    let group = first..tokens.end.min(first + k.unpacked_tokens);
+                let weights = Weights {
+                    bytes,
+                    tile_bytes: tile_bytes * 4,
+                    dot: k.unpacked,
+                };
+                for group in even_groups(tokens, k.unpacked_tokens) {
                     // SAFETY: `bytes` is `tiles` unpacked tiles; `k` as above.
-                    unsafe { self.run_group(k, k.unpacked, bytes, tile_bytes * 4, panel, group) };
+                    unsafe { self.run_group(k, weights, work, panel, group) };
                 }
             });
         }
     }
 
-    /// One panel for as many tokens as `dot` takes at once.
+    /// One panel for as many tokens as its kernel takes at once.
     ///
     /// # Safety
-    /// `weights` holds the panel's tiles, `tile_bytes` each, as `dot` reads them; the CPU has the
-    /// instructions of `k`.
-    #[inline]
+    /// `weights` holds the panel's tiles as its `dot` reads them; the CPU has the instructions of `k`.
     unsafe fn run_group(
         &self,
         k: &TileKernels,
-        dot: unsafe fn(*const u8, usize, &[*const i8], &mut Sums),
-        weights: &[u8],
-        tile_bytes: usize,
+        weights: Weights,
+        work: &mut Work,
         panel: usize,
         tokens: Range<usize>,
     ) {
         let m = self.matrix;
-        let columns = m.columns;
-        let blocks = columns.blocks();
+        let blocks = m.columns.blocks();
         let count = tokens.len();
         let mut rows = [core::ptr::null::<i8>(); MAX_TOKENS];
         for (row, t) in rows.iter_mut().zip(tokens.clone()) {
             *row = self.tile_row(t).as_ptr();
         }
-        let by_block = matches!((&m.scales, self.out), (Scales::Block { .. }, Out::F32(_)));
-        let mut part: Sums = [[0; MAX_ROWS]; MAX_TOKENS];
-        let mut total: Sums = [[0; MAX_ROWS]; MAX_TOKENS];
-        let mut folded = [[0f32; MAX_ROWS]; MAX_TOKENS];
+        if self.by_block {
+            work.folded[..count].fill([0.0; MAX_ROWS]);
+        }
+        if blocks == 0 {
+            work.total[..count].fill([0; MAX_ROWS]);
+        }
         for b in 0..blocks {
-            let mut tiles = columns.tiles(b);
-            if by_block {
-                total = [[0; MAX_ROWS]; MAX_TOKENS];
-            }
+            let mut tiles = m.columns.tiles(b);
+            let mut fresh = self.by_block || b == 0;
             while !tiles.is_empty() {
                 let n = tiles.len().min(MAX_TILES);
                 let mut acts = rows;
@@ -483,26 +513,30 @@ impl<'a> Job<'a> {
                     // SAFETY: each row holds 16 activations for every tile of the panel.
                     *a = unsafe { a.add(tiles.start * TILE_COLS) };
                 }
-                let at = tiles.start * tile_bytes;
+                let from = weights.bytes[tiles.start * weights.tile_bytes..].as_ptr();
+                let to = if fresh {
+                    &mut work.total
+                } else {
+                    &mut work.part
+                };
                 // SAFETY: `n` tiles of weights and activations start there; the rest is the caller's.
-                unsafe { dot(weights[at..].as_ptr(), n, &acts[..count], &mut part) };
-                for (total, part) in total.iter_mut().zip(&part).take(count) {
-                    for (sum, p) in total.iter_mut().zip(part).take(k.rows) {
-                        *sum = sum.wrapping_add(*p);
+                unsafe { (weights.dot)(from, n, &acts[..count], to) };
+                if !fresh {
+                    for (total, part) in work.total[..count].iter_mut().zip(&work.part) {
+                        for (sum, part) in total.iter_mut().zip(part).take(k.rows) {
+                            *sum = sum.wrapping_add(*part);
+                        }
                     }
                 }
+                fresh = false;
                 tiles.start += n;
             }
-            for (i, t) in tokens.clone().enumerate() {
-                let correction = self.block_sums[t * blocks + b];
-                if by_block {
-                    let scales = &m.panel_scales[(panel * blocks + b) * k.rows..][..k.rows];
+            if self.by_block {
+                let scales = &m.panel_scales[(panel * blocks + b) * k.rows..][..k.rows];
+                for (i, t) in tokens.clone().enumerate() {
+                    let correction = self.block_sums[t * blocks + b];
                     // SAFETY: the caller vouches for the instruction set.
-                    unsafe { (k.fold)(&total[i], correction, scales, &mut folded[i]) };
-                } else {
-                    for sum in &mut total[i][..k.rows] {
-                        *sum = sum.wrapping_sub(correction);
-                    }
+                    unsafe { (k.fold)(&work.total[i], correction, scales, &mut work.folded[i]) };
                 }
             }
         }
@@ -510,41 +544,59 @@ impl<'a> Job<'a> {
         let valid = k.rows.min(m.rows - first);
         for (i, t) in tokens.enumerate() {
             let at = t * m.rows + first;
-            let inverse = self.acts.inverse(t);
-            match self.out {
+            let (inverse, correction) = (self.acts.inverse(t), self.acts.sum(t));
+            let total = &work.total[i][..valid];
+            let out = match self.out {
                 Out::I32(out) => {
                     // SAFETY: these rows of token `t` belong to this chunk alone.
                     let out =
                         unsafe { core::slice::from_raw_parts_mut(out.as_ptr().add(at), valid) };
-                    out.copy_from_slice(&total[i][..valid]);
-                }
-                Out::F32(out) => {
-                    // SAFETY: as above.
-                    let out =
-                        unsafe { core::slice::from_raw_parts_mut(out.as_ptr().add(at), valid) };
-                    match &m.scales {
-                        Scales::Tensor(scale) => {
-                            let factor = scale * inverse;
-                            for (y, &sum) in out.iter_mut().zip(&total[i]) {
-                                *y = sum as f32 * factor;
-                            }
-                        }
-                        Scales::Row(scales) => {
-                            let scales = &scales[first..first + valid];
-                            for ((y, &sum), scale) in out.iter_mut().zip(&total[i]).zip(scales) {
-                                *y = sum as f32 * (scale * inverse);
-                            }
-                        }
-                        Scales::Block { .. } => {
-                            for (y, folded) in out.iter_mut().zip(&folded[i]) {
-                                *y = folded * inverse;
-                            }
-                        }
+                    for (y, sum) in out.iter_mut().zip(total) {
+                        *y = sum.wrapping_sub(correction);
                     }
+                    continue;
                 }
-            }
+                // SAFETY: as above.
+                Out::F32(out) => unsafe {
+                    core::slice::from_raw_parts_mut(out.as_ptr().add(at), valid)
+                },
+            };
+            let factor = match &m.scales {
+                Scales::Tensor(scale) => Factor::Tensor(scale * inverse),
+                Scales::Row(scales) => Factor::Row(&scales[first..first + valid], inverse),
+                Scales::Block { .. } => {
+                    for (y, folded) in out.iter_mut().zip(&work.folded[i]) {
+                        *y = folded * inverse;
+                    }
+                    continue;
+                }
+            };
+            // SAFETY: the caller vouches for the instruction set.
+            unsafe { (k.finish)(total, correction, factor, out) };
         }
     }
+}
+
+/// A panel's weights in one of the two forms that kernels read.
+#[derive(Clone, Copy)]
+struct Weights<'a> {
+    bytes: &'a [u8],
+    tile_bytes: usize,
+    dot: Dot,
+}
+
+/// Where the sums of a group of tokens are kept, made once for each chunk.
+struct Work {
+    total: Sums,
+    part: Sums,
+    folded: [[f32; MAX_ROWS]; MAX_TOKENS],
+}
+
+/// Cuts tokens into as few groups of at most `most` as possible, of nearly the same size.
+fn even_groups(tokens: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let groups = tokens.len().div_ceil(most);
+    let at = move |g: usize| tokens.start + tokens.len() * g / groups;
+    (0..groups).map(move |g| at(g)..at(g + 1))
 }
 
 fn run(jobs: &[Job], pool: &Pool) {
@@ -586,5 +638,60 @@ fn with_scratch(len: usize, f: impl FnOnce(&mut [u8])) {
 fn fold_generic(sums: &[i32], correction: i32, scales: &[f32], y: &mut [f32]) {
     for ((y, &sum), &scale) in y.iter_mut().zip(sums).zip(scales) {
         *y = scalar::mul_add(sum.wrapping_sub(correction) as f32, scale, *y);
+    }
+}
+
+/// The body of [`TileKernels::finish`], compiled for each instruction set.
+#[inline(always)]
+fn finish_generic(sums: &[i32], correction: i32, factor: Factor, out: &mut [f32]) {
+    match factor {
+        Factor::Tensor(factor) => {
+            for (y, &sum) in out.iter_mut().zip(sums) {
+                *y = sum.wrapping_sub(correction) as f32 * factor;
+            }
+        }
+        Factor::Row(scales, inverse) => {
+            for ((y, &sum), scale) in out.iter_mut().zip(sums).zip(scales) {
+                *y = sum.wrapping_sub(correction) as f32 * (scale * inverse);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_cover_all_tokens_evenly() {
+        for tokens in 0..40 {
+            for most in 1..7 {
+                let mut next = 5;
+                for group in even_groups(5..5 + tokens, most) {
+                    assert!(group.start == next && (1..=most).contains(&group.len()));
+                    next = group.end;
+                }
+                assert_eq!(next, 5 + tokens);
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_start_on_tiles_and_hold_their_columns() {
+        for (cols, block) in [(0, 4), (5, 7), (100, 7), (256, 64), (40, 16), (33, 1)] {
+            let scales = Scales::Block {
+                rows: 1,
+                cols: block,
+                values: Vec::new(),
+            };
+            let columns = Columns::new(cols, &scales);
+            let mut tile = 0;
+            for b in 0..columns.blocks() {
+                assert_eq!(columns.tiles(b).start, tile);
+                assert!(columns.tiles(b).len() * TILE_COLS >= columns.range(b).len());
+                tile = columns.tiles(b).end;
+            }
+            assert_eq!(tile, columns.all_tiles());
+        }
     }
 }

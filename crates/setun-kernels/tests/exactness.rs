@@ -2,6 +2,9 @@
 
 use setun_kernels::{Activations, Kernels, PackedMatrix, Pool, Scales, TernaryMatrix};
 
+/// Enough tokens that every kernel unpacks its weights first.
+const MANY: usize = 29;
+
 /// A small deterministic generator: a failure repeats.
 struct Noise(u32);
 
@@ -147,7 +150,7 @@ fn all_scales(rows: usize, cols: usize) -> Vec<Scales> {
 #[test]
 fn every_kernel_is_exact_at_every_column_count() {
     for cols in 0..=130 {
-        for tokens in [1, 3, 8] {
+        for tokens in [1, 3, MANY] {
             check_random(67, cols, tokens, &Scales::Tensor(0.3), &[1]);
         }
     }
@@ -156,7 +159,7 @@ fn every_kernel_is_exact_at_every_column_count() {
 #[test]
 fn every_kernel_is_exact_at_every_row_count() {
     for rows in (0..=70).chain([127, 128, 129, 200]) {
-        for tokens in [1, 7] {
+        for tokens in [1, MANY] {
             check_random(rows, 45, tokens, &Scales::Tensor(1.7), &[1, 2]);
         }
     }
@@ -173,7 +176,7 @@ fn every_kernel_is_exact_for_any_token_and_thread_count() {
 fn every_kind_of_scale_gives_the_defined_bits() {
     for cols in [600, 640, 64, 1] {
         for scales in all_scales(70, cols) {
-            for tokens in [1, 2, 5, 13] {
+            for tokens in [1, 2, 5, MANY] {
                 check_random(70, cols, tokens, &scales, &[2]);
             }
         }
@@ -188,9 +191,9 @@ fn extreme_values_never_overflow() {
         for weight in [(1, 1), (-1, -1), (0, 0), (1, -1), (-1, 1)] {
             let row: Vec<i8> = alternate(act.0, act.1).collect();
             let trits: Vec<i8> = alternate(weight.0, weight.1).collect();
-            let (acts, trits) = (row.repeat(7), trits.repeat(3));
+            let (acts, trits) = (row.repeat(MANY), trits.repeat(3));
             let scales = &Scales::Tensor(1.0);
-            for tokens in [1, 7] {
+            for tokens in [1, MANY] {
                 let acts = &acts[..tokens * cols];
                 let inverses = &vec![1.0; tokens];
                 Naive {
@@ -239,7 +242,7 @@ fn rows_longer_than_a_fields_range_are_exact() {
 fn a_group_equals_its_products_one_by_one() {
     let mut noise = Noise(3);
     let (cols, pool) = (200, Pool::new(3));
-    for tokens in [1, 9] {
+    for tokens in [1, MANY] {
         let acts = Activations::from_i8(&noise.codes(tokens * cols), &vec![0.5; tokens], cols);
         for k in Kernels::available() {
             let matrices = [100, 0, 33].map(|rows| {

@@ -5,16 +5,18 @@
 
 use core::arch::x86_64::*;
 
-use super::{MAX_ROWS, Sums, TILE_COLS, TileKernels};
+use super::{Factor, MAX_ROWS, Sums, TILE_COLS, TileKernels};
 
 pub(super) static KERNELS: TileKernels = TileKernels {
     rows: 32,
     direct,
     direct_tokens: 2,
+    direct_limit: 8,
     unpack,
     unpacked,
-    unpacked_tokens: 3,
+    unpacked_tokens: 2,
     fold,
+    finish,
 };
 
 /// Vectors of a tile.
@@ -161,8 +163,7 @@ unsafe fn unpacked(panel: *const u8, tiles: usize, acts: &[*const i8], sums: &mu
         match *acts {
             [a] => unpacked_many(panel, tiles, [a], sums),
             [a, b] => unpacked_many(panel, tiles, [a, b], sums),
-            [a, b, c] => unpacked_many(panel, tiles, [a, b, c], sums),
-            _ => unreachable!("one to three tokens"),
+            _ => unreachable!("one or two tokens"),
         }
     }
 }
@@ -202,4 +203,10 @@ unsafe fn unpacked_many<const T: usize>(
 #[target_feature(enable = "avx2,fma")]
 fn fold(sums: &[i32], correction: i32, scales: &[f32], y: &mut [f32]) {
     super::fold_generic(sums, correction, scales, y);
+}
+
+/// See [`TileKernels::finish`].
+#[target_feature(enable = "avx2,fma")]
+fn finish(sums: &[i32], correction: i32, factor: Factor, out: &mut [f32]) {
+    super::finish_generic(sums, correction, factor, out);
 }

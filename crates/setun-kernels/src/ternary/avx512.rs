@@ -6,16 +6,18 @@
 
 use core::arch::x86_64::*;
 
-use super::{MAX_ROWS, Sums, TILE_COLS, TileKernels};
+use super::{Factor, MAX_ROWS, Sums, TILE_COLS, TileKernels};
 
 pub(super) static KERNELS: TileKernels = TileKernels {
     rows: MAX_ROWS,
     direct,
     direct_tokens: 6,
+    direct_limit: 24,
     unpack,
     unpacked,
     unpacked_tokens: 6,
     fold,
+    finish,
 };
 
 /// Vectors of a tile.
@@ -253,4 +255,10 @@ unsafe fn unpacked_many<const T: usize>(
 #[target_feature(enable = "avx512f,fma")]
 fn fold(sums: &[i32], correction: i32, scales: &[f32], y: &mut [f32]) {
     super::fold_generic(sums, correction, scales, y);
+}
+
+/// See [`TileKernels::finish`].
+#[target_feature(enable = "avx512f,fma")]
+fn finish(sums: &[i32], correction: i32, factor: Factor, out: &mut [f32]) {
+    super::finish_generic(sums, correction, factor, out);
 }
