@@ -18,13 +18,13 @@ pub mod kernels;
 pub mod ternary;
 
 #[cfg(feature = "std")]
-mod lanes;
-#[cfg(feature = "std")]
-pub mod float;
+pub mod attention;
 #[cfg(feature = "std")]
 pub mod dense;
 #[cfg(feature = "std")]
-pub mod attention;
+pub mod float;
+#[cfg(feature = "std")]
+mod lanes;
 #[cfg(feature = "std")]
 mod scratch;
 
