@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
     /// The operating system refused to open or read a file.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}", path.display())]
     Read {
         /// The file or folder.
         path: PathBuf,
@@ -16,7 +16,7 @@ pub enum TrainError {
         source: std::io::Error,
     },
     /// The operating system refused to create, write or rename a file.
-    #[error("cannot write {}: {source}", path.display())]
+    #[error("cannot write {}", path.display())]
     Write {
         /// The file or folder that was to be written.
         path: PathBuf,
@@ -58,6 +58,16 @@ pub enum TrainError {
     Resume {
         /// What differs, and what to do.
         what: String,
+    },
+    /// The loss or the gradient of a step is not a finite number.
+    #[error("training diverged at step {step}: the loss is {loss} and the gradient not finite; {way_out}, and a lower learning rate may help")]
+    Diverged {
+        /// The step that was not taken.
+        step: u64,
+        /// Its loss.
+        loss: f64,
+        /// Where the last good weights are.
+        way_out: String,
     },
     /// A picture could not be drawn.
     #[error("cannot draw {}: {what}", path.display())]
