@@ -56,12 +56,12 @@ unsafe fn step<const T: usize>(
 #[inline]
 #[target_feature(enable = "avx2")]
 fn widen<const T: usize>(acc: &Accumulators<T>, sums: &mut Sums) {
-    for t in 0..T {
-        for v in 0..VECTORS {
-            let to = sums[t].as_chunks_mut::<8>().0[v].as_mut_ptr().cast();
+    for (acc, sums) in acc.iter().zip(sums) {
+        for (pairs, to) in acc.iter().zip(sums.as_chunks_mut::<8>().0) {
+            let to = to.as_mut_ptr().cast();
             // SAFETY: eight lanes of room.
             unsafe {
-                let wide = _mm256_madd_epi16(acc[t][v], _mm256_set1_epi16(1));
+                let wide = _mm256_madd_epi16(*pairs, _mm256_set1_epi16(1));
                 _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), wide));
             }
         }

@@ -161,9 +161,9 @@ unsafe fn direct_many<const T: usize>(
             step(&mut acc, x.map(|x| field::<6>(x)), &acts, at + 12);
         }
     }
-    for t in 0..T {
-        for v in 0..VECTORS {
-            store(sums, t, v, acc[t][v]);
+    for (t, acc) in acc.into_iter().enumerate() {
+        for (v, sum) in acc.into_iter().enumerate() {
+            store(sums, t, v, sum);
         }
     }
 }
@@ -244,9 +244,9 @@ unsafe fn unpacked_many<const T: usize>(
             )
         };
     }
-    for t in 0..T {
-        for v in 0..VECTORS {
-            store(sums, t, v, acc[t][v]);
+    for (t, acc) in acc.into_iter().enumerate() {
+        for (v, sum) in acc.into_iter().enumerate() {
+            store(sums, t, v, sum);
         }
     }
 }
