@@ -139,6 +139,18 @@ fn ids_outside_the_vocabulary_give_no_text() {
     }
 }
 
+#[test]
+fn long_runs_of_one_character_come_back() {
+    let phi = gguf(&golden("tokenizers/ggml-vocab-phi-3.gguf"));
+    for tokenizer in [untied(), phi] {
+        for unit in [" ", "a", "\n", "é"] {
+            let text = unit.repeat(100_000);
+            let ids = tokenizer.encode(&text, false).unwrap();
+            assert!(tokenizer.decode(&ids, false).unwrap() == text, "{unit:?}");
+        }
+    }
+}
+
 /// A small valid `llama` vocabulary: unknown, BOS, EOS, 256 bytes, `a`, `b`, `ab`, `▁`.
 fn small_llama() -> Metadata {
     let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>"].map(String::from).to_vec();
