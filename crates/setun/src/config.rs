@@ -274,7 +274,13 @@ impl ModelConfig {
             activation: Activation::Silu,
         };
         // Ids of the SentencePiece vocabularies these models are trained with.
-        let config = Self { bos: Some(1), eos: vec![1, 2], ..Self::fresh(&shape, ternary)? };
+        let mut config = Self { bos: Some(1), eos: vec![1, 2], ..Self::fresh(&shape, ternary)? };
+        if ternary {
+            // Their layers divide by the bare root mean square, of inputs as small as 1e-3; only a zero row needs an ε. The final
+            // norm has 1e-5 in the original, which scales all logits of a position alike by some 1e-6.
+            config.rms_norm_eps = 1e-20;
+            config.numerics = Numerics::Ternary(Ternary { storage: Storage::SelfDescribed, exceptions: None });
+        }
         config.check()
     }
 

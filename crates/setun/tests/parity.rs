@@ -134,8 +134,8 @@ fn check_ggufs(folder: &Path) {
             eprintln!("skipped: {name}, since Q4_0 is not read yet");
             continue;
         }
-        let kind = ["I2_S", "TQ1_0", "TQ2_0", "F16", "Q8_0"];
-        let kind = kind.into_iter().find(|k| name.to_uppercase().contains(k)).unwrap();
+        let kind = ["I2_S", "TQ1_0", "TQ2_0", "Q8_0", "F16"];
+        let kind = kind.into_iter().find(|k| name.to_uppercase().contains(&format!("-{k}"))).unwrap();
         let variants = [
             ("logits_actq", ActivationType::Int8, TERNARY),
             ("logits_bitnetcpp", ActivationType::Int8, BITNET_CPP),

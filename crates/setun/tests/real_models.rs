@@ -41,7 +41,8 @@ fn bitllama2_tells_its_known_story() {
     for kernels in Kernels::available() {
         let options = EngineOptions { kernels: Some(kernels), threads: Some(2), activations: ActivationType::Int8 };
         let engine = Engine::open(&model, &options).unwrap();
-        assert_eq!(greedy(&engine, &[1], expected.len()), expected, "{}", kernels.name());
+        let found = greedy(&engine, &[1], expected.len());
+        assert_eq!(found, expected, "{}", kernels.name());
     }
     let tokenizer = Tokenizer::from_sentencepiece(&std::fs::read(vocabulary).unwrap()).unwrap();
     let text = tokenizer.decode(&expected, true).unwrap();
