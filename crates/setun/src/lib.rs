@@ -18,4 +18,6 @@ pub mod kv_cache;
 pub mod engine;
 pub mod sampler;
 pub mod generate;
+pub mod stop;
+pub mod inspect;
 pub mod eval;

@@ -153,7 +153,7 @@ impl<'a> Weights<'a> {
     }
 
     /// The name under which the file holds what the model calls `name`.
-    fn stored_name(&self, name: &str) -> String {
+    pub(crate) fn stored_name(&self, name: &str) -> String {
         if self.file.gguf_metadata().is_some() {
             return gguf_name(name);
         }

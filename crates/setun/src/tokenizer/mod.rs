@@ -8,6 +8,7 @@
 //! Whatever a file claims is checked before it is used; docs/tokenizers.md lists what is refused.
 
 mod decode;
+mod find;
 mod folder;
 mod gguf;
 mod hf;

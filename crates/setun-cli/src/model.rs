@@ -1,0 +1,165 @@
+//! Arguments that every command with a model shares, and how they become an engine.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use setun::config::ModelConfig;
+use setun::cpu::ActivationType;
+use setun::engine::{Engine, EngineOptions};
+use setun::format::Checkpoint;
+use setun::kv_cache::KvType;
+use setun::tokenizer::Tokenizer;
+use setun_kernels::Kernels;
+
+use crate::{WrongUsage, default_model};
+
+/// How a model is loaded and run.
+#[derive(clap::Args, Debug, Clone)]
+pub struct LoadArgs {
+    /// Tokenizer to use instead of the model's own: tokenizer.json, tokenizer.model, a GGUF file or a folder
+    #[arg(long, value_name = "FILE", help_heading = "Loading")]
+    pub tokenizer: Option<PathBuf>,
+    #[command(flatten)]
+    pub compute: ComputeArgs,
+    /// Longest sequence in tokens; a longer one than the model was made for gives poor text [default: the model's own]
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Loading")]
+    pub context: Option<usize>,
+}
+
+/// What computes, and with what precision.
+#[derive(clap::Args, Debug, Clone)]
+pub struct ComputeArgs {
+    /// Kernel set: avx512, avx2 or scalar; all give the same result [default: the fastest this CPU has]
+    #[arg(long, value_name = "NAME", value_parser = kernels, help_heading = "Loading")]
+    pub kernel: Option<&'static Kernels>,
+    /// Threads; any number gives the same result [default: the physical cores this process may use]
+    #[arg(long, value_name = "N", value_parser = threads, help_heading = "Loading")]
+    pub threads: Option<usize>,
+    /// What ternary layers multiply with: int8 (as BitNet models are trained) or float (slow, for comparison)
+    #[arg(long, value_name = "TYPE", value_parser = activations, default_value = "int8", help_heading = "Loading")]
+    pub activations: ActivationType,
+}
+
+impl ComputeArgs {
+    pub fn options(&self) -> EngineOptions {
+        EngineOptions { kernels: self.kernel, threads: self.threads, activations: self.activations }
+    }
+}
+
+impl LoadArgs {
+    /// The engine for an opened model.
+    pub fn engine(&self, file: &Checkpoint) -> Result<Engine> {
+        Ok(Engine::load(file, ModelConfig::of(file)?, &self.compute.options())?)
+    }
+
+    /// The tokenizer asked for, or the model's own.
+    pub fn tokenizer(&self, file: &Checkpoint) -> Result<Tokenizer> {
+        match &self.tokenizer {
+            Some(path) => tokenizer_at(path),
+            None => Tokenizer::of(file).map_err(|error| match error {
+                // Only the command knows by which flag one is named.
+                error @ setun::error::ModelError::Unsupported { .. } => {
+                    anyhow::anyhow!("{error} with --tokenizer FILE")
+                }
+                error => error.into(),
+            }),
+        }
+    }
+
+    /// Positions a session may have; says so when they are more than the model was made for.
+    pub fn limit(&self, config: &ModelConfig) -> usize {
+        let limit = self.context.unwrap_or(config.max_positions);
+        if limit > config.max_positions {
+            eprintln!(
+                "note: the model was made for {} positions; text beyond them may be poor",
+                config.max_positions
+            );
+        }
+        limit
+    }
+}
+
+/// Opens the model that the user named, or the one in the program.
+pub fn open(model: Option<&Path>) -> Result<Checkpoint> {
+    match (model, default_model::BYTES) {
+        (Some(path), _) if !path.exists() && looks_like_hub_name(path) => Err(anyhow::anyhow!(
+            "there is no file or folder `{}`, and models cannot be fetched from a hub yet: download it and name its folder",
+            path.display()
+        )),
+        (Some(path), _) => Ok(Checkpoint::open(path)?),
+        (None, Some(bytes)) => Ok(Checkpoint::from_bytes(default_model::NAME, bytes)?),
+        (None, None) => {
+            Err(WrongUsage("this build has no default model in it: name a model file or folder".into())
+                .into())
+        }
+    }
+}
+
+/// Opens a tokenizer in a file or folder of its own.
+pub fn tokenizer_at(path: &Path) -> Result<Tokenizer> {
+    Tokenizer::open(path).with_context(|| format!("cannot use {} as a tokenizer", path.display()))
+}
+
+/// `owner/name`, as model hubs spell it.
+fn looks_like_hub_name(path: &Path) -> bool {
+    let Some(text) = path.to_str() else { return false };
+    let parts: Vec<&str> = text.split('/').collect();
+    parts.len() == 2
+        && parts.iter().all(|part| !part.is_empty() && !part.starts_with('.'))
+        && !Path::new(parts[0]).exists()
+        && ![".gguf", ".safetensors", ".bin"].iter().any(|end| text.ends_with(end))
+}
+
+pub fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("a whole number from 1 is expected".into()),
+        Ok(n) => Ok(n),
+    }
+}
+
+pub fn threads(text: &str) -> Result<usize, String> {
+    const MOST: usize = 1024;
+    match text.parse() {
+        Ok(n) if (1..=MOST).contains(&n) => Ok(n),
+        _ => Err(format!("a whole number from 1 to {MOST} is expected")),
+    }
+}
+
+pub fn kernels(name: &str) -> Result<&'static Kernels, String> {
+    Kernels::by_name(name).ok_or_else(|| {
+        let names: Vec<&str> = Kernels::available().map(Kernels::name).collect();
+        format!("this CPU runs {}", names.join(", "))
+    })
+}
+
+pub fn activations(text: &str) -> Result<ActivationType, String> {
+    match text {
+        "int8" => Ok(ActivationType::Int8),
+        "float" => Ok(ActivationType::Float),
+        _ => Err("int8 or float is expected".into()),
+    }
+}
+
+pub fn kv_type(text: &str) -> Result<KvType, String> {
+    text.parse()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_owner_slash_name_is_taken_for_a_hub_name() {
+        for (text, hub) in [
+            ("microsoft/bitnet-b1.58-2B-4T", true),
+            ("./model", false),
+            ("models/x.gguf", false),
+            ("model", false),
+            ("/a/b", false),
+            ("a/b/c", false),
+            ("src/nothing-here", false),
+        ] {
+            assert_eq!(looks_like_hub_name(Path::new(text)), hub, "{text}");
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! What all commands print with: stdout that may be closed, errors on one line, sizes for people.
+
+use std::io::{ErrorKind, Write};
+
+use serde::Serialize;
+
+/// Writes to stdout at once, so that a stream is seen as it grows.
+///
+/// # Errors
+/// When stdout is closed, which ends the program quietly, or cannot be written.
+pub fn print(text: &str) -> std::io::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+/// Prints `value` as indented JSON and a line end.
+///
+/// # Errors
+/// As [`print`].
+pub fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
+    let mut text = serde_json::to_string_pretty(value)?;
+    text.push('\n');
+    Ok(print(&text)?)
+}
+
+/// Whether the only thing wrong is that nobody reads stdout any more.
+pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref::<std::io::Error>(), Some(e) if e.kind() == ErrorKind::BrokenPipe)
+}
+
+/// An error and its causes on one line, each said once.
+pub fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        if line.contains(&text) {
+            continue;
+        }
+        if !line.is_empty() {
+            line += ": ";
+        }
+        line += &text;
+    }
+    line.replace('\n', " ")
+}
+
+/// `1.2 GB`, `310 MB`, `4.5 KB`: powers of ten.
+pub fn bytes(n: usize) -> String {
+    scaled(n as f64, &["B", "KB", "MB", "GB", "TB"], " ")
+}
+
+/// `2.41 B`, `6.3 M`, `320`: counts of parameters.
+pub fn count(n: usize) -> String {
+    scaled(n as f64, &["", "K", "M", "B", "T"], " ").trim_end().to_owned()
+}
+
+fn scaled(mut value: f64, units: &[&str], space: &str) -> String {
+    let mut unit = 0;
+    while value >= 999.5 && unit + 1 < units.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let digits = if unit == 0 || value >= 99.95 {
+        0
+    } else if value >= 9.995 {
+        1
+    } else {
+        2
+    };
+    format!("{value:.digits$}{space}{}", units[unit])
+}
+
+/// Three significant digits of a rate: `1234`, `56.7`, `8.90`.
+pub fn rate(value: f64) -> String {
+    let digits = if value >= 99.95 {
+        0
+    } else if value >= 9.995 {
+        1
+    } else {
+        2
+    };
+    format!("{value:.digits$}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_three_digits_and_the_next_unit_from_1000() {
+        let shown = [0, 999, 1000, 9_996, 123_456, 999_499, 999_999, 2_412_820_480].map(bytes);
+        assert_eq!(shown, ["0 B", "999 B", "1.00 KB", "10.0 KB", "123 KB", "999 KB", "1.00 MB", "2.41 GB"]);
+        assert_eq!([320, 6_300_000].map(count), ["320", "6.30 M"]);
+    }
+
+    #[test]
+    fn a_cause_that_its_error_already_says_is_not_repeated() {
+        let inner = anyhow::anyhow!("disk full");
+        assert_eq!(one_line(&inner.context("cannot write x")), "cannot write x: disk full");
+        assert_eq!(one_line(&anyhow::anyhow!("b").context("a b")), "a b");
+    }
+}

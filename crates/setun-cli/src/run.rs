@@ -1,0 +1,329 @@
+//! `setun run`: text from a model, streaming; a conversation where there is somebody to talk to.
+
+mod chat;
+
+use std::hash::{BuildHasher, Hasher};
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use setun::chat::{Message, encode_chat};
+use setun::engine::{Engine, Session};
+use setun::error::ModelError;
+use setun::generate::{Limits, Report, Stop, generate};
+use setun::kv_cache::KvType;
+use setun::sampler::{Sampler, Sampling};
+use setun::stop::StopStrings;
+use setun::tokenizer::Tokenizer;
+
+use crate::model::{self, LoadArgs};
+use crate::{WrongUsage, default_model, memory, output};
+
+/// Generate text. The text goes to stdout, speed and memory to stderr.
+///
+/// The prompt is the one given with -p, else what is piped in. On a terminal without -p, a model with a chat template
+/// starts a conversation; /help shows what it understands. The prompt itself is not printed.
+///
+/// The same seed gives the same text on any number of threads and with any kernel. Without --seed one is drawn and
+/// printed, so that a text can be had again.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  setun run                                          a story by the default model
+  setun run MODEL -p 'The capital of France is' -n 20 --temperature 0
+  setun run MODEL -p 'Who wrote Emma?' --chat        the prompt as a user's message
+  setun run MODEL --system 'Answer in rhyme.'        a conversation
+  setun run MODEL < notes.txt > continued.txt")]
+pub struct RunArgs {
+    /// Model file (GGUF, safetensors, llama2.c) or folder [default: the model in the program]
+    model: Option<PathBuf>,
+    /// Text to continue
+    #[arg(short, long, value_name = "TEXT")]
+    prompt: Option<String>,
+    /// New tokens at most [default: 256; in a conversation, what the context holds]
+    #[arg(short = 'n', long, value_name = "N")]
+    tokens: Option<usize>,
+    /// Take the prompt as a user's message and answer it, by the model's chat template
+    #[arg(long, conflicts_with = "raw")]
+    chat: bool,
+    /// Continue the prompt as it is: the default, except in conversations
+    #[arg(long)]
+    raw: bool,
+    /// System message of a conversation
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    system: Option<String>,
+    /// Stop before this text; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Go on after end-of-text tokens
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Print one JSON object with text, ids and speed instead of streaming
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// Type of the keys and values kept for attention: f16 (half the memory) or f32
+    #[arg(long, value_name = "TYPE", value_parser = model::kv_type, default_value = "f16", help_heading = "Loading")]
+    kv: KvType,
+    #[command(flatten)]
+    load: LoadArgs,
+}
+
+#[derive(clap::Args)]
+#[command(next_help_heading = "Sampling")]
+struct SamplingArgs {
+    /// Seed of the random choices [default: drawn, and printed]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// 0 always takes the likeliest token, 1 samples as the model says, more is wilder
+    #[arg(long, value_name = "X", default_value_t = Sampling::default().temperature, allow_negative_numbers = true)]
+    temperature: f32,
+    /// Choose among the K likeliest tokens only; 0: all
+    #[arg(long, value_name = "K", default_value_t = Sampling::default().top_k)]
+    top_k: usize,
+    /// Choose among the likeliest tokens that together reach this probability; 1: all
+    #[arg(long, value_name = "P", default_value_t = Sampling::default().top_p)]
+    top_p: f32,
+    /// Choose among tokens at least this likely, relative to the likeliest; 0: all
+    #[arg(long, value_name = "P", default_value_t = Sampling::default().min_p)]
+    min_p: f32,
+    /// Divide the logits of recent tokens by this; 1: off
+    #[arg(long, value_name = "X", default_value_t = Sampling::default().repetition_penalty)]
+    repeat_penalty: f32,
+    /// Subtract this from a token's logit for every recent occurrence; 0: off
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    frequency_penalty: f32,
+    /// Subtract this from a token's logit if it occurred recently; 0: off
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
+    presence_penalty: f32,
+    /// How many tokens back the penalties look
+    #[arg(long, value_name = "N", default_value_t = Sampling::default().repeat_last_n)]
+    repeat_last_n: usize,
+}
+
+impl SamplingArgs {
+    fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repeat_penalty,
+            frequency_penalty: self.frequency_penalty,
+            presence_penalty: self.presence_penalty,
+            repeat_last_n: self.repeat_last_n,
+            // Five digits are easily typed again.
+            seed: self
+                .seed
+                .unwrap_or_else(|| std::hash::RandomState::new().build_hasher().finish() % 100_000),
+        }
+    }
+}
+
+/// New tokens where the user sets no limit and the context would be the only one.
+const DEFAULT_TOKENS: usize = 256;
+
+/// What `setun` alone does. Never waits for input that is not a terminal.
+pub fn default_story(started: Instant) -> Result<()> {
+    #[derive(clap::Parser)]
+    struct Defaults {
+        #[command(flatten)]
+        run: RunArgs,
+    }
+    let Defaults { run: args } = clap::Parser::parse_from(["setun"]);
+    start(args, started, false)
+}
+
+pub fn run(args: RunArgs, started: Instant) -> Result<()> {
+    start(args, started, true)
+}
+
+fn start(mut args: RunArgs, started: Instant, read_stdin: bool) -> Result<()> {
+    let sampling = args.sampling.sampling();
+    sampling.validate()?;
+    let talking = std::io::stdin().is_terminal() && args.prompt.is_none() && !args.raw && !args.json;
+    if args.prompt.is_none() && read_stdin && !std::io::stdin().is_terminal() {
+        // Text files end with a line end that is not meant as part of the prompt.
+        let text = crate::tokenize::stdin()?;
+        let text = text.strip_suffix('\n').map(|t| t.strip_suffix('\r').unwrap_or(t)).unwrap_or(&text);
+        args.prompt = (!text.is_empty()).then(|| text.to_owned());
+    }
+    let file = model::open(args.model.as_deref())?;
+    let tokenizer = args.load.tokenizer(&file)?;
+    let engine = args.load.engine(&file)?;
+    drop(file);
+    let limit = args.load.limit(engine.config());
+    let session = engine.session(args.kv, Some(limit));
+    let speaker = Speaker {
+        tokenizer: &tokenizer,
+        stop_ids: stop_ids(&engine, &tokenizer, args.ignore_eos),
+        args: &args,
+    };
+    if talking && tokenizer.chat_template().is_some() {
+        return chat::converse(speaker, session, sampling);
+    }
+    let mut shown = String::new();
+    let prompt = match (&args.prompt, &args.model) {
+        (Some(prompt), _) => prompt.as_str(),
+        (None, None) => {
+            shown += default_model::PROMPT; // Nobody typed it, so it is part of the story.
+            default_model::PROMPT
+        }
+        (None, Some(_)) => {
+            return Err(WrongUsage("there is no prompt: give one with -p TEXT, or pipe it in".into()).into());
+        }
+    };
+    let ids = if args.chat || args.system.is_some() {
+        let system = args.system.iter().map(|text| Message::new("system", text));
+        let messages: Vec<Message> = system.chain([Message::new("user", prompt)]).collect();
+        encode_chat(&tokenizer, &messages)?
+    } else {
+        tokenizer.encode_prompt(prompt)?
+    };
+    speaker.tell(session, &ids, &sampling, started, shown)
+}
+
+/// Ids after which a text is over, from wherever the model's files name them.
+fn stop_ids(engine: &Engine, tokenizer: &Tokenizer, ignore: bool) -> Vec<u32> {
+    if ignore {
+        return Vec::new();
+    }
+    let mut ids = tokenizer.eos_ids().to_vec();
+    ids.extend(engine.config().eos.iter().filter(|id| !tokenizer.eos_ids().contains(id)));
+    ids
+}
+
+/// What stays the same from answer to answer.
+struct Speaker<'a> {
+    tokenizer: &'a Tokenizer,
+    stop_ids: Vec<u32>,
+    args: &'a RunArgs,
+}
+
+/// One generation: what came out, and when it began.
+struct Told {
+    report: Report,
+    text: String,
+    first_text: Option<Instant>,
+}
+
+impl Speaker<'_> {
+    /// Generates once and reports.
+    fn tell(
+        &self,
+        mut session: Session,
+        ids: &[u32],
+        sampling: &Sampling,
+        started: Instant,
+        shown: String,
+    ) -> Result<()> {
+        let streaming = !self.args.json;
+        if streaming {
+            output::print(&shown)?;
+        }
+        let mut sampler = Sampler::new(sampling.clone())?;
+        let max_tokens = self.args.tokens.unwrap_or(DEFAULT_TOKENS);
+        let told = self.generate(&mut session, ids, &mut sampler, max_tokens, &mut |text| {
+            if streaming {
+                output::print(text)?;
+            }
+            Ok(true)
+        })?;
+        let Told { report, text, first_text } = &told;
+        let first = first_text.map(|at| at - started);
+        if self.args.json {
+            return output::print_json(&serde_json::json!({
+                "text": shown + text,
+                "ids": report.new_ids,
+                "stop": stop_name(report.stop),
+                "seed": sampling.seed,
+                "prompt_tokens": report.prompt_tokens,
+                "new_tokens": report.new_ids.len(),
+                "prefill_tokens_per_s": report.prefill_rate(),
+                "decode_tokens_per_s": report.decode_rate(),
+                "seconds_to_first_text": first.as_ref().map(Duration::as_secs_f64),
+                "peak_rss_bytes": memory::peak_resident(),
+                "kernel": session.engine().kernels().name(),
+                "threads": session.engine().pool().threads(),
+            }));
+        }
+        if std::io::stdout().is_terminal() && !text.ends_with('\n') {
+            output::print("\n")?;
+        }
+        eprintln!("\n{}", summary(report, first, sampling));
+        if report.stop == Stop::ContextFull {
+            eprintln!(
+                "note: it stopped because the context of {} tokens is full",
+                session.len() + session.room()
+            );
+        }
+        Ok(())
+    }
+
+    /// Feeds `ids` to `session` and passes text on to `show` until something ends it, or `show` returns false.
+    fn generate(
+        &self,
+        session: &mut Session,
+        ids: &[u32],
+        sampler: &mut Sampler,
+        max_tokens: usize,
+        show: &mut dyn FnMut(&str) -> std::io::Result<bool>,
+    ) -> Result<Told> {
+        let limits = Limits { max_tokens, stop_ids: self.stop_ids.clone() };
+        let mut stops = StopStrings::new(self.args.stop.clone());
+        let (mut all, mut first_text, mut failed) = (String::new(), None, None);
+        let mut pass_on = |text: &str| {
+            if text.is_empty() {
+                return true;
+            }
+            first_text.get_or_insert_with(Instant::now);
+            all.push_str(text);
+            show(text).unwrap_or_else(|error| {
+                failed = Some(error);
+                false
+            })
+        };
+        let mut stopped = false;
+        let report = generate(session, self.tokenizer, ids, sampler, &limits, &mut |piece| {
+            let passed = stops.push(piece);
+            stopped |= passed.stopped;
+            !stopped & pass_on(&passed.text)
+        });
+        // A prompt of special tokens alone is as empty as none.
+        let report = report.map_err(|error| match error {
+            ModelError::EmptyPrompt => WrongUsage(error.to_string()).into(),
+            error => anyhow::Error::from(error),
+        })?;
+        if !stopped {
+            pass_on(&stops.finish());
+        }
+        match failed {
+            Some(error) => Err(error.into()),
+            None => Ok(Told { report, text: all, first_text }),
+        }
+    }
+}
+
+fn stop_name(stop: Stop) -> &'static str {
+    match stop {
+        Stop::EndOfText => "end_of_text",
+        Stop::MaxTokens => "max_tokens",
+        Stop::ContextFull => "context_full",
+        Stop::Asked => "stop_string",
+    }
+}
+
+/// The line under a text: what was read and written, how fast, in how much memory, by which seed.
+fn summary(report: &Report, first: Option<Duration>, sampling: &Sampling) -> String {
+    let mut parts = vec![
+        format!("prompt {} tokens at {} tok/s", report.prompt_tokens, output::rate(report.prefill_rate())),
+        format!("{} new tokens at {} tok/s", report.new_ids.len(), output::rate(report.decode_rate())),
+    ];
+    parts.extend(first.map(|first| format!("first text after {:.3} s", first.as_secs_f64())));
+    parts.extend(memory::peak_resident().map(|peak| format!("memory {}", output::bytes(peak))));
+    if sampling.temperature > 0.0 {
+        parts.push(format!("seed {}", sampling.seed));
+    }
+    parts.join(", ")
+}

@@ -1,0 +1,145 @@
+//! The conversation at the terminal.
+
+use std::io::{BufRead, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use setun::chat::{Message, encode_chat};
+use setun::engine::Session;
+use setun::generate::Stop;
+use setun::sampler::{Sampler, Sampling};
+
+use super::Speaker;
+use crate::output;
+
+const HELP: &str = "/reset  forget the conversation
+/exit   end (or Ctrl-D)
+Ctrl-C  stop an answer
+A line ending in \\ continues on the next.";
+
+/// Talks until the user ends it. The cache keeps what a turn has in common with the last.
+pub fn converse(speaker: Speaker, mut session: Session, sampling: Sampling) -> Result<()> {
+    let interrupt = Interrupt::install()?;
+    let mut sampler = Sampler::new(sampling.clone())?;
+    let system: Vec<Message> = speaker.args.system.iter().map(|text| Message::new("system", text)).collect();
+    let (mut messages, mut seen) = (system.clone(), Vec::<u32>::new());
+    eprintln!("Type a message, or /help. Seed {}.", sampling.seed);
+    while let Some(line) = read_message()? {
+        match line.trim() {
+            "" => continue,
+            "/exit" | "/quit" => break,
+            "/help" => {
+                eprintln!("{HELP}");
+                continue;
+            }
+            "/reset" => {
+                messages = system.clone();
+                sampler = Sampler::new(sampling.clone())?;
+                eprintln!("(forgotten)");
+                continue;
+            }
+            command if command.starts_with('/') && !command.contains(' ') => {
+                eprintln!("`{command}` is not a command; /help lists them");
+                continue;
+            }
+            text => messages.push(Message::new("user", text)),
+        }
+        let ids = match fit(&speaker, &session, &mut messages, system.len()) {
+            Ok(ids) => ids,
+            Err(error) => {
+                eprintln!("error: {}", output::one_line(&error));
+                messages.pop();
+                continue;
+            }
+        };
+        // At least one token is fed, so that there are logits to sample from.
+        let common = ids.iter().zip(&seen).take_while(|(a, b)| a == b).count().min(ids.len() - 1);
+        session.truncate(common);
+        interrupt.begin();
+        let max_tokens = speaker.args.tokens.unwrap_or(usize::MAX);
+        let told = speaker.generate(&mut session, &ids[common..], &mut sampler, max_tokens, &mut |text| {
+            output::print(text)?;
+            Ok(!interrupt.asked())
+        });
+        interrupt.end();
+        let told = told?;
+        output::print("\n")?;
+        if told.report.stop == Stop::ContextFull {
+            eprintln!("(the context is full: the answer is cut short, and the next turn forgets the oldest)");
+        }
+        seen = ids;
+        seen.extend(&told.report.new_ids);
+        seen.truncate(session.len());
+        messages.push(Message::new("assistant", told.text.trim()));
+    }
+    Ok(())
+}
+
+/// Ids of the conversation, without its oldest exchanges where it would not leave a quarter of the context free.
+fn fit(speaker: &Speaker, session: &Session, messages: &mut Vec<Message>, system: usize) -> Result<Vec<u32>> {
+    let limit = session.len() + session.room();
+    loop {
+        let ids = encode_chat(speaker.tokenizer, messages)?;
+        if ids.len() <= limit - limit / 4 || messages.len() <= system + 1 {
+            return Ok(ids);
+        }
+        messages.drain(system..system + 2); // A user's message and its answer.
+        eprintln!(
+            "(the conversation outgrows the context of {limit} tokens: its oldest exchange is forgotten)"
+        );
+    }
+}
+
+/// A line from the user, or several joined by backslashes; `None` at the end of input.
+fn read_message() -> Result<Option<String>> {
+    let mut message = String::new();
+    loop {
+        eprint!("{}", if message.is_empty() { "> " } else { ". " });
+        std::io::stderr().flush()?;
+        let mut line = String::new();
+        if std::io::stdin().lock().read_line(&mut line).context("cannot read the message")? == 0 {
+            eprintln!();
+            return Ok((!message.is_empty()).then_some(message));
+        }
+        let line = line.trim_end_matches(['\n', '\r']);
+        match line.strip_suffix('\\') {
+            Some(start) => message = message + start + "\n",
+            None => return Ok(Some(message + line)),
+        }
+    }
+}
+
+/// Ctrl-C ends an answer while there is one, and the program otherwise.
+#[derive(Clone)]
+struct Interrupt(Arc<[AtomicBool; 2]>);
+
+const ANSWERING: usize = 0;
+const ASKED: usize = 1;
+
+impl Interrupt {
+    fn install() -> Result<Self> {
+        let this = Self(Arc::default());
+        let flags = this.clone();
+        ctrlc::set_handler(move || {
+            if !flags.0[ANSWERING].load(Ordering::Relaxed) || flags.0[ASKED].swap(true, Ordering::Relaxed) {
+                std::process::exit(130); // As shells report a program that Ctrl-C ended.
+            }
+        })
+        .context("cannot listen for Ctrl-C")?;
+        Ok(this)
+    }
+
+    fn begin(&self) {
+        self.0[ASKED].store(false, Ordering::Relaxed);
+        self.0[ANSWERING].store(true, Ordering::Relaxed);
+    }
+
+    fn asked(&self) -> bool {
+        self.0[ASKED].load(Ordering::Relaxed)
+    }
+
+    fn end(&self) {
+        self.0[ANSWERING].store(false, Ordering::Relaxed);
+    }
+}
