@@ -60,7 +60,9 @@ pub enum TrainError {
         what: String,
     },
     /// The loss or the gradient of a step is not a finite number.
-    #[error("training diverged at step {step}: the loss is {loss} and the gradient not finite; {way_out}, and a lower learning rate may help")]
+    #[error(
+        "training diverged at step {step}: the loss is {loss} and the gradient not finite; {way_out}, and a lower learning rate may help"
+    )]
     Diverged {
         /// The step that was not taken.
         step: u64,
@@ -84,24 +86,15 @@ pub enum TrainError {
 
 impl TrainError {
     pub(crate) fn read(path: &Path, source: std::io::Error) -> Self {
-        Self::Read {
-            path: path.to_owned(),
-            source,
-        }
+        Self::Read { path: path.to_owned(), source }
     }
 
     pub(crate) fn write(path: &Path, source: std::io::Error) -> Self {
-        Self::Write {
-            path: path.to_owned(),
-            source,
-        }
+        Self::Write { path: path.to_owned(), source }
     }
 
     pub(crate) fn file(path: &Path, what: impl Into<String>) -> Self {
-        Self::File {
-            path: path.to_owned(),
-            what: what.into(),
-        }
+        Self::File { path: path.to_owned(), what: what.into() }
     }
 
     pub(crate) fn setting(
@@ -109,16 +102,10 @@ impl TrainError {
         found: impl ToString,
         expected: impl Into<String>,
     ) -> Self {
-        Self::Setting {
-            field: field.into(),
-            found: found.to_string(),
-            expected: expected.into(),
-        }
+        Self::Setting { field: field.into(), found: found.to_string(), expected: expected.into() }
     }
 
     pub(crate) fn tokenizer(what: impl ToString) -> Self {
-        Self::Tokenizer {
-            what: what.to_string(),
-        }
+        Self::Tokenizer { what: what.to_string() }
     }
 }

@@ -8,14 +8,19 @@
 //! The linear layers of a ternary model are BitLinear (<https://arxiv.org/abs/2402.17764>): the forward product is the exact
 //! integer product of inference, on the same kernels; the backward pass is straight-through.
 
+pub mod checkpoint;
 pub mod config;
 pub mod data;
 pub mod engine;
 pub mod error;
+pub mod export;
 pub mod loss;
+pub mod metrics;
 pub mod optimizer;
 pub mod params;
+pub mod plot;
 pub mod schedule;
 pub mod tape;
+pub mod trainer;
 pub mod vocabulary;
 pub mod weights;

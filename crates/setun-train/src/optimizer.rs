@@ -98,3 +98,68 @@ fn gradient_norm(engine: &Engine, gradients: &Gradients) -> f64 {
     });
     sums.iter().sum::<f64>().sqrt()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::params::{Kind, Param};
+
+    fn one(values: &[f32]) -> Params {
+        let mut params = Params::default();
+        let (name, rows, kind, values) = ("w".to_owned(), values.len(), Kind::Norm, values.to_vec());
+        params.add(Param { name, rows, cols: 1, kind, values });
+        params
+    }
+
+    fn gradients(params: &Params, values: &[f32]) -> Gradients {
+        let mut gradients = Gradients::new(params);
+        gradients.get_mut(params.ids().next().unwrap()).copy_from_slice(values);
+        gradients
+    }
+
+    #[test]
+    fn two_steps_follow_the_published_formula() {
+        let mut params = one(&[1.0, -2.0, 0.5]);
+        let settings = OptimizerSection { clip: 0.0, ..OptimizerSection::default() };
+        let mut optimizer = AdamW::new(&settings, &params);
+        let (mut w, mut m, mut v) = ([1.0f64, -2.0, 0.5], [0.0; 3], [0.0; 3]);
+        let ([b1, b2], engine) = (settings.betas, Engine::new(1));
+        for (t, g) in [[0.3f32, -4.0, 0.0], [0.1, 1.0, 1e-4]].iter().enumerate() {
+            let gradients = gradients(&params, g);
+            optimizer.step(&engine, &mut params, &gradients, Rates { lr: 0.01, weight_decay: 0.3 });
+            for i in 0..3 {
+                let g = f64::from(g[i]);
+                m[i] = b1 * m[i] + (1.0 - b1) * g;
+                v[i] = b2 * v[i] + (1.0 - b2) * g * g;
+                let correct = |x: f64, beta: f64| x / (1.0 - beta.powi(t as i32 + 1));
+                w[i] -= 0.01 * correct(m[i], b1) / (correct(v[i], b2).sqrt() + settings.eps);
+            }
+        }
+        for (found, expected) in params.iter().next().unwrap().values.iter().zip(w) {
+            assert!((f64::from(*found) - expected).abs() < 1e-6, "{found} {expected}");
+        }
+    }
+
+    #[test]
+    fn clipping_scales_the_gradient_down_to_the_limit_and_reports_the_norm_before() {
+        let mut params = one(&[0.0, 0.0]);
+        let settings = OptimizerSection { clip: 1.0, ..OptimizerSection::default() };
+        let mut optimizer = AdamW::new(&settings, &params);
+        let gradients = gradients(&params, &[3.0, 4.0]);
+        let norm = optimizer.step(&Engine::new(1), &mut params, &gradients, Rates { lr: 0.01, weight_decay: 0.0 });
+        assert_eq!(norm, 5.0);
+        let m = &optimizer.moments[0][0];
+        assert!((m[0] - 0.06).abs() < 1e-7 && (m[1] - 0.08).abs() < 1e-7, "{m:?}");
+    }
+
+    #[test]
+    fn a_gradient_that_is_not_finite_changes_nothing() {
+        let mut params = one(&[1.0, 2.0]);
+        let mut optimizer = AdamW::new(&OptimizerSection::default(), &params);
+        let before = (params.clone(), optimizer.clone());
+        let gradients = gradients(&params, &[f32::NAN, 1.0]);
+        let norm = optimizer.step(&Engine::new(1), &mut params, &gradients, Rates { lr: 0.1, weight_decay: 0.0 });
+        assert!(!norm.is_finite());
+        assert_eq!((params, optimizer), before);
+    }
+}

@@ -74,6 +74,11 @@ impl Params {
         self.list.iter_mut()
     }
 
+    /// Ids of all parameters, in their order.
+    pub fn ids(&self) -> impl ExactSizeIterator<Item = ParamId> + use<> {
+        (0..self.list.len()).map(ParamId)
+    }
+
     /// The values of one parameter, to be changed.
     pub fn values_mut(&mut self, id: ParamId) -> &mut [f32] {
         &mut self.list[id.0].values

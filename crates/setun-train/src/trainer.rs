@@ -1,0 +1,431 @@
+//! The training loop: batches in, checkpoints, metrics and held-out scores out.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use setun::config::RopeTable;
+
+use crate::checkpoint::{Best, Checkpoint, Checkpoints, State};
+use crate::config::TrainConfig;
+use crate::data::{Batch, Batches, HeldOut, Score};
+use crate::engine::Engine;
+use crate::error::TrainError;
+use crate::loss::{IGNORE, Loss};
+use crate::metrics::{Metrics, MetricsWriter};
+use crate::optimizer::AdamW;
+use crate::params::{self, ParamId, Params, TrainModel};
+use crate::schedule;
+use crate::tape::{Gradients, Setting, Tape};
+use crate::vocabulary::Vocabulary;
+use crate::weights::Weights;
+
+/// A run in memory.
+#[derive(Debug)]
+pub struct Trainer {
+    config: TrainConfig,
+    engine: Engine,
+    vocabulary: Vocabulary,
+    data: Batches,
+    held_out: Vec<HeldOut>,
+    model: TrainModel,
+    params: Params,
+    weights: Weights,
+    gradients: Gradients,
+    optimizer: AdamW,
+    rope: RopeTable,
+    checkpoints: Checkpoints,
+    step: u64,
+    tokens: u64,
+    elapsed: f64,
+    best: Option<Best>,
+    last_saved: Option<PathBuf>,
+}
+
+/// What one optimiser step did.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepReport {
+    /// Steps taken, this one included.
+    pub step: u64,
+    /// Steps of the whole run.
+    pub total_steps: u64,
+    /// Cross-entropy of this step's tokens before the step, nats per token.
+    pub loss: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Training tokens seen so far.
+    pub tokens: u64,
+    /// Speed of this step.
+    pub tokens_per_s: f64,
+    /// Seconds of training so far, over all sessions of the run.
+    pub elapsed: f64,
+}
+
+/// Who watches a run. All methods may be left out.
+pub trait Progress {
+    /// After every step.
+    fn step(&mut self, _report: &StepReport) {}
+    /// After a held-out measurement: sets by name.
+    fn evaluated(&mut self, _step: u64, _scores: &[(String, Score)]) {}
+    /// After a checkpoint was written.
+    fn saved(&mut self, _folder: &std::path::Path) {}
+    /// Asked after every step; with `true` the run writes a checkpoint and returns early.
+    fn stop(&mut self) -> bool {
+        false
+    }
+}
+
+/// Watches nothing.
+impl Progress for () {}
+
+impl Trainer {
+    /// A run from its beginning: prepares the tokenizer and the data, initialises the model.
+    ///
+    /// # Errors
+    /// When the settings or the data cannot be used, or the output folder holds checkpoints of an earlier run.
+    pub fn new(config: TrainConfig) -> Result<Self, TrainError> {
+        if let Some(step) = Checkpoints::of(&config.train.out).steps()?.last() {
+            let out = config.train.out.display();
+            let found = format!("{out}, which holds a checkpoint after step {step}");
+            return Err(TrainError::setting("train.out", found, "an empty folder, unless that run is to be resumed"));
+        }
+        Self::start(config, None)
+    }
+
+    /// Goes on from the newest checkpoint: the next step has the same bits as if the run had never stopped.
+    ///
+    /// # Errors
+    /// When there is none, it is damaged, or the settings that steps depend on have changed.
+    pub fn resume(config: TrainConfig) -> Result<Self, TrainError> {
+        let checkpoints = Checkpoints::of(&config.train.out);
+        let Some(&step) = checkpoints.steps()?.last() else {
+            let what = format!("{} holds no checkpoint; start the run anew", config.train.out.display());
+            return Err(TrainError::Resume { what });
+        };
+        let checkpoint = checkpoints.load(step)?;
+        same_run(&checkpoint.state.config, &config)?;
+        Self::start(config, Some(checkpoint))
+    }
+
+    /// [`Trainer::resume`] where there is a checkpoint, else [`Trainer::new`].
+    ///
+    /// # Errors
+    /// Those of both.
+    pub fn open(config: TrainConfig) -> Result<Self, TrainError> {
+        let begun = !Checkpoints::of(&config.train.out).steps()?.is_empty();
+        if begun { Self::resume(config) } else { Self::new(config) }
+    }
+
+    fn start(config: TrainConfig, checkpoint: Option<Checkpoint>) -> Result<Self, TrainError> {
+        let vocabulary = Vocabulary::prepare(&config)?;
+        let data = Batches::new(&config, &vocabulary)?;
+        let sets = config.data.valid.iter();
+        let held_out = sets
+            .map(|set| HeldOut::load(&set.name, &set.path, &vocabulary, config.data.seq_len))
+            .collect::<Result<_, _>>()?;
+        let threads = config.train.threads.unwrap_or_else(setun_kernels::threads::physical_cores_allowed);
+        let engine = Engine::new(threads);
+        let shape = config.model_config(vocabulary.end_of_text())?;
+        let mut rope = RopeTable::new(&shape.rope);
+        rope.prepare(config.data.seq_len);
+        let (model, params) = params::initialise(shape, config.train.seed)?;
+        let mut trainer = Self {
+            weights: Weights::default(),
+            gradients: Gradients::new(&params),
+            optimizer: AdamW::new(&config.optimizer, &params),
+            checkpoints: Checkpoints::of(&config.train.out),
+            step: 0,
+            tokens: 0,
+            elapsed: 0.0,
+            best: None,
+            last_saved: None,
+            config,
+            engine,
+            vocabulary,
+            data,
+            held_out,
+            model,
+            params,
+            rope,
+        };
+        if let Some(checkpoint) = checkpoint {
+            trainer.restore(checkpoint)?;
+        }
+        trainer.weights = Weights::new(&trainer.engine, &trainer.params);
+        Ok(trainer)
+    }
+
+    fn restore(&mut self, mut checkpoint: Checkpoint) -> Result<(), TrainError> {
+        let [first, second] = &mut self.optimizer.moments;
+        for ((param, m), v) in self.params.iter_mut().zip(first).zip(second) {
+            let shape = param.shape();
+            param.values = checkpoint.take("param", &param.name, &shape)?;
+            *m = checkpoint.take("adam_m", &param.name, &shape)?;
+            *v = checkpoint.take("adam_v", &param.name, &shape)?;
+        }
+        let State { step, tokens, elapsed, data, best, .. } = checkpoint.state;
+        self.data.restore(&data)?;
+        self.optimizer.steps = step;
+        (self.step, self.tokens, self.elapsed, self.best) = (step, tokens, elapsed, best);
+        self.last_saved = Some(self.checkpoints.path(step));
+        Ok(())
+    }
+
+    /// One optimiser step.
+    ///
+    /// # Errors
+    /// When the loss or the gradient is not a finite number: the weights stay as they were, and the message names the last
+    /// checkpoint.
+    pub fn step(&mut self) -> Result<StepReport, TrainError> {
+        let started = Instant::now();
+        let total_steps = self.config.total_steps();
+        let progress = self.step as f64 / total_steps.max(1) as f64;
+        let batches: Vec<Batch> =
+            (0..self.config.train.accumulation).map(|_| self.data.next_batch(progress)).collect();
+        let counted = batches.iter().flat_map(|b| &b.targets).filter(|&&t| t != IGNORE).count();
+        self.gradients.clear(&self.engine);
+        let mut loss = Loss::default();
+        for batch in &batches {
+            loss += self.pass(batch, 1.0 / counted.max(1) as f32);
+        }
+        let rates = schedule::rates(&self.config.optimizer, self.step, total_steps);
+        let mean = loss.mean();
+        let grad_norm = match mean.is_finite() {
+            true => self.optimizer.step(&self.engine, &mut self.params, &self.gradients, rates),
+            false => f64::NAN,
+        };
+        if !grad_norm.is_finite() {
+            return Err(self.diverged(mean));
+        }
+        self.weights.refresh(&self.engine, &self.params);
+        self.step += 1;
+        let tokens = batches.iter().map(|b| b.ids.len() as u64).sum::<u64>();
+        self.tokens += tokens;
+        let seconds = started.elapsed().as_secs_f64();
+        self.elapsed += seconds;
+        Ok(StepReport {
+            step: self.step,
+            total_steps,
+            loss: mean,
+            grad_norm,
+            lr: rates.lr,
+            tokens: self.tokens,
+            tokens_per_s: tokens as f64 / seconds,
+            elapsed: self.elapsed,
+        })
+    }
+
+    /// Adds the gradients of one batch, each token's loss weighted.
+    fn pass(&mut self, batch: &Batch, weight: f32) -> Loss {
+        let on = Setting {
+            engine: &self.engine,
+            params: &self.params,
+            weights: &self.weights,
+            rope: &self.rope,
+            sequences: batch.batch,
+            seq_len: batch.seq_len,
+        };
+        let mut tape = Tape::new(on, &mut self.gradients);
+        let loss = forward(&self.model, &mut tape, batch, weight);
+        tape.backward();
+        loss
+    }
+
+    fn diverged(&self, loss: f64) -> TrainError {
+        let way_out = match &self.last_saved {
+            Some(folder) => format!("the last good checkpoint is {}", folder.display()),
+            None => "there is no checkpoint yet".to_owned(),
+        };
+        TrainError::Diverged { step: self.step + 1, loss, way_out }
+    }
+
+    /// Cross-entropy of a held-out set, or of about `limit` tokens taken evenly from it.
+    pub fn evaluate(&self, set: &HeldOut, limit: Option<usize>) -> Score {
+        let mut score = Score::default();
+        for held_out in set.batches(self.config.train.batch, limit) {
+            let batch = &held_out.batch;
+            let on = Setting {
+                engine: &self.engine,
+                params: &self.params,
+                weights: &self.weights,
+                rope: &self.rope,
+                sequences: batch.batch,
+                seq_len: batch.seq_len,
+            };
+            let loss = forward(&self.model, &mut Tape::forward_only(on), batch, 0.0);
+            score.add(loss.sum, &held_out);
+        }
+        score
+    }
+
+    /// Every held-out set by name, see [`Trainer::evaluate`].
+    pub fn evaluate_all(&self, limit: Option<usize>) -> Vec<(String, Score)> {
+        self.held_out.iter().map(|set| (set.name().to_owned(), self.evaluate(set, limit))).collect()
+    }
+
+    /// Trains to the end (or until `progress` asks to stop), writing `metrics.jsonl` and checkpoints into the output folder.
+    ///
+    /// # Errors
+    /// When a step diverges or a file cannot be written.
+    pub fn run(&mut self, progress: &mut dyn Progress) -> Result<(), TrainError> {
+        let out = &self.config.train.out;
+        std::fs::create_dir_all(out).map_err(|e| TrainError::write(out, e))?;
+        let mut metrics = MetricsWriter::open(&out.join("metrics.jsonl"), self.step)?;
+        let settings = self.config.train.clone();
+        let total = self.config.total_steps();
+        let due = |step: u64, every: u64| step == total || (every > 0 && step.is_multiple_of(every));
+        let mut window = Window::default();
+        while self.step < total {
+            let report = self.step()?;
+            window.add(&report, self.config.tokens_per_step());
+            progress.step(&report);
+            let step = report.step;
+            let stop = progress.stop();
+
+            let mut line = due(step, settings.log_every).then(|| window.take_line(&report));
+            let mut improved = false;
+            if due(step, settings.eval_every) && !self.held_out.is_empty() {
+                let limit = (step < total).then_some(settings.eval_tokens);
+                let scores = self.evaluate_all(limit);
+                let line = line.get_or_insert_with(|| Metrics { step, ..Metrics::default() });
+                scores.iter().for_each(|(name, score)| line.add_eval(name, score));
+                improved = self.compare(step, &scores);
+                progress.evaluated(step, &scores);
+            }
+            if let Some(line) = line {
+                metrics.write(&line)?;
+            }
+            if improved || stop || due(step, settings.checkpoint_every) {
+                let folder = self.save()?;
+                progress.saved(&folder);
+            }
+            if stop {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether these scores are the best so far.
+    fn compare(&mut self, step: u64, scores: &[(String, Score)]) -> bool {
+        let bits_per_byte = scores.iter().map(|(_, s)| s.bits_per_byte()).sum::<f64>() / scores.len() as f64;
+        let improved = self.best.is_none_or(|best| bits_per_byte < best.bits_per_byte);
+        if improved {
+            self.best = Some(Best { step, bits_per_byte });
+        }
+        improved
+    }
+
+    /// Writes a checkpoint of this moment; returns its folder.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn save(&mut self) -> Result<PathBuf, TrainError> {
+        let config = self.config.clone();
+        let state = State::new(self.step, self.tokens, self.elapsed, self.data.state(), self.best, config);
+        let folder = self.checkpoints.save(&state, &self.params, &self.optimizer, self.config.train.keep)?;
+        self.last_saved = Some(folder.clone());
+        Ok(folder)
+    }
+
+    /// The run's settings.
+    pub fn config(&self) -> &TrainConfig {
+        &self.config
+    }
+
+    /// The run's tokenizer.
+    pub fn vocabulary(&self) -> &Vocabulary {
+        &self.vocabulary
+    }
+
+    /// The run's training data.
+    pub fn data(&self) -> &Batches {
+        &self.data
+    }
+
+    /// The held-out sets.
+    pub fn held_out(&self) -> &[HeldOut] {
+        &self.held_out
+    }
+
+    /// The model; its parameters are in [`Trainer::params`].
+    pub fn model(&self) -> &TrainModel {
+        &self.model
+    }
+
+    /// Full-precision masters.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// Optimiser steps taken so far.
+    pub fn steps_taken(&self) -> u64 {
+        self.step
+    }
+
+    /// The best held-out measurement so far; its checkpoint is kept.
+    pub fn best(&self) -> Option<Best> {
+        self.best
+    }
+}
+
+/// The parameter that the output head reads: the embedding when tied.
+pub fn head(model: &TrainModel) -> ParamId {
+    model.head.as_ref().unwrap_or(&model.embed).matrix
+}
+
+/// Loss of a batch; with a recording tape, its gradient is ready to flow back.
+pub fn forward(model: &TrainModel, tape: &mut Tape, batch: &Batch, weight: f32) -> Loss {
+    let hidden = model.hidden(tape, &batch.ids);
+    tape.cross_entropy(&hidden, head(model), &batch.targets, weight)
+}
+
+/// Means since the last line of the metrics.
+#[derive(Default)]
+struct Window {
+    loss: f64,
+    steps: u64,
+    tokens: u64,
+    seconds: f64,
+}
+
+impl Window {
+    fn add(&mut self, report: &StepReport, tokens: u64) {
+        self.loss += report.loss;
+        self.steps += 1;
+        self.tokens += tokens;
+        self.seconds += tokens as f64 / report.tokens_per_s;
+    }
+
+    fn take_line(&mut self, report: &StepReport) -> Metrics {
+        let Self { loss, steps, tokens, seconds } = std::mem::take(self);
+        Metrics {
+            step: report.step,
+            tokens: Some(report.tokens),
+            loss: Some(loss / steps as f64),
+            lr: Some(report.lr),
+            grad_norm: Some(report.grad_norm),
+            tokens_per_s: Some(tokens as f64 / seconds),
+            elapsed: Some(report.elapsed),
+            ..Metrics::default()
+        }
+    }
+}
+
+/// Refuses settings that would make the next step another one. What is only measured, kept or logged may change, and so
+/// may the run's length and thread count.
+fn same_run(saved: &TrainConfig, now: &TrainConfig) -> Result<(), TrainError> {
+    let section = |name: &str, equal: bool| match equal {
+        true => Ok(()),
+        false => Err(TrainError::Resume {
+            what: format!("`{name}` differs from the checkpoint's; restore it, or name another train.out"),
+        }),
+    };
+    section("model", saved.model == now.model)?;
+    section("optimizer", saved.optimizer == now.optimizer)?;
+    section("data.seq_len", saved.data.seq_len == now.data.seq_len)?;
+    section("train.batch", saved.train.batch == now.train.batch)?;
+    section("train.accumulation", saved.train.accumulation == now.train.accumulation)?;
+    section("train.seed", saved.train.seed == now.train.seed)
+}

@@ -1,0 +1,148 @@
+//! A killed run goes on to the identical next step.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use setun_train::checkpoint::Checkpoints;
+use setun_train::config::TrainConfig;
+use setun_train::error::TrainError;
+use setun_train::trainer::{Progress, StepReport, Trainer};
+
+fn write_corpus(folder: &Path) {
+    let words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "birds", "in", "red", "tree"];
+    for (file, documents) in [("train.txt", 60), ("valid.txt", 6)] {
+        let mut text = String::new();
+        for document in 0..documents {
+            for word in 0..40 {
+                let pick = (document * 7 + word * word * 3 + word * document) % words.len();
+                write!(text, "{} ", words[pick]).unwrap();
+            }
+            text.push_str("\n<|endoftext|>\n");
+        }
+        std::fs::write(folder.join(file), text).unwrap();
+    }
+}
+
+fn config(folder: &Path, precision: &str, out: &str, steps: u64) -> TrainConfig {
+    let text = format!(
+        r#"
+        [model]
+        vocab_size = 300
+        hidden_size = 32
+        intermediate_size = 48
+        num_layers = 2
+        heads = 2
+        max_positions = 64
+        precision = "{precision}"
+        [data]
+        seq_len = 24
+        cache = "tokens"
+        [[data.sources]]
+        name = "train"
+        path = "train.txt"
+        [[data.valid]]
+        name = "valid"
+        path = "valid.txt"
+        [optimizer]
+        lr = 0.01
+        warmup_steps = 2
+        [train]
+        steps = {steps}
+        batch = 3
+        accumulation = 2
+        threads = 2
+        checkpoint_every = 3
+        eval_every = 0
+        log_every = 1
+        out = "{out}"
+        "#
+    );
+    TrainConfig::parse(&text, folder).unwrap()
+}
+
+fn bits(trainer: &Trainer) -> Vec<Vec<u32>> {
+    trainer.params().iter().map(|p| p.values.iter().map(|x| x.to_bits()).collect()).collect()
+}
+
+/// Stops a run after so many steps, as a signal would.
+struct StopAfter(u64);
+
+impl Progress for StopAfter {
+    fn step(&mut self, _: &StepReport) {
+        self.0 -= 1;
+    }
+    fn stop(&mut self) -> bool {
+        self.0 == 0
+    }
+}
+
+#[test]
+fn three_steps_a_stop_and_three_more_have_the_bits_of_six() {
+    for precision in ["ternary", "float"] {
+        let folder = tempfile::tempdir().unwrap();
+        write_corpus(folder.path());
+        let mut whole = Trainer::new(config(folder.path(), precision, "whole", 6)).unwrap();
+        let losses: Vec<f64> = (0..6).map(|_| whole.step().unwrap().loss).collect();
+
+        let mut first = Trainer::new(config(folder.path(), precision, "parts", 6)).unwrap();
+        first.run(&mut StopAfter(3)).unwrap();
+        drop(first);
+        let mut second = Trainer::resume(config(folder.path(), precision, "parts", 6)).unwrap();
+        assert_eq!(second.steps_taken(), 3);
+        let rest: Vec<f64> = (0..3).map(|_| second.step().unwrap().loss).collect();
+        assert_eq!(rest, losses[3..], "{precision}");
+        assert!(bits(&second) == bits(&whole), "{precision}: weights differ");
+    }
+}
+
+#[test]
+fn a_run_keeps_its_newest_checkpoints_and_its_metrics() {
+    let folder = tempfile::tempdir().unwrap();
+    write_corpus(folder.path());
+    let config = config(folder.path(), "ternary", "out", 10);
+    let mut trainer = Trainer::new(config.clone()).unwrap();
+    trainer.run(&mut ()).unwrap();
+    let out = folder.path().join("out");
+    assert_eq!(Checkpoints::of(&out).steps().unwrap(), [9, 10]);
+    let metrics = setun_train::metrics::read(&out.join("metrics.jsonl")).unwrap();
+    assert_eq!(metrics.len(), 10);
+    assert!(metrics[9].loss.unwrap() < metrics[0].loss.unwrap());
+    assert!(metrics[9].bits_per_byte("valid").unwrap() > 0.0);
+    assert_eq!(trainer.best().unwrap().step, 10);
+
+    // A finished run is not begun anew over its own checkpoints.
+    assert!(matches!(Trainer::new(config), Err(TrainError::Setting { .. })));
+}
+
+#[test]
+fn resuming_another_run_is_refused_with_the_setting_that_differs() {
+    let folder = tempfile::tempdir().unwrap();
+    write_corpus(folder.path());
+    let made = config(folder.path(), "ternary", "out", 3);
+    assert!(matches!(Trainer::resume(made.clone()), Err(TrainError::Resume { .. })));
+    Trainer::new(made.clone()).unwrap().run(&mut ()).unwrap();
+    let mut other = made.clone();
+    other.optimizer.lr = 0.5;
+    let message = Trainer::resume(other).unwrap_err().to_string();
+    assert!(message.contains("`optimizer`"), "{message}");
+
+    // A checkpoint cut short is named.
+    let tensors = Checkpoints::of(&made.train.out).path(3).join("state.safetensors");
+    let bytes = std::fs::read(&tensors).unwrap();
+    std::fs::write(&tensors, &bytes[..bytes.len() / 2]).unwrap();
+    let message = Trainer::resume(made).unwrap_err().to_string();
+    assert!(message.contains("state.safetensors"), "{message}");
+}
+
+#[test]
+fn a_step_that_diverges_stops_and_names_the_last_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    write_corpus(folder.path());
+    let mut config = config(folder.path(), "float", "out", 60);
+    config.optimizer.lr = 1e30;
+    config.optimizer.warmup_steps = 0;
+    config.train.checkpoint_every = 1;
+    let mut trainer = Trainer::new(config).unwrap();
+    let message = trainer.run(&mut ()).unwrap_err().to_string();
+    assert!(message.contains("diverged at step") && message.contains("step-0000000"), "{message}");
+}
