@@ -96,11 +96,7 @@ pub struct TokenizerSection {
 
 impl Default for TokenizerSection {
     fn default() -> Self {
-        Self {
-            path: None,
-            vocab_size: None,
-            end_of_text: crate::vocabulary::END_OF_TEXT.to_owned(),
-        }
+        Self { path: None, vocab_size: None, end_of_text: crate::vocabulary::END_OF_TEXT.to_owned() }
     }
 }
 
@@ -306,10 +302,7 @@ fn one_or_many<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<PathBuf>
         fn visit_str<E: serde::de::Error>(self, one: &str) -> Result<Self::Value, E> {
             Ok(vec![one.into()])
         }
-        fn visit_seq<A: serde::de::SeqAccess<'de>>(
-            self,
-            mut all: A,
-        ) -> Result<Self::Value, A::Error> {
+        fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut all: A) -> Result<Self::Value, A::Error> {
             let mut paths = Vec::new();
             while let Some(path) = all.next_element()? {
                 paths.push(path);
@@ -391,18 +384,13 @@ impl TrainConfig {
     /// Tokens that one optimiser step sees.
     pub fn tokens_per_step(&self) -> u64 {
         let factors = [self.train.batch, self.train.accumulation, self.data.seq_len];
-        factors
-            .iter()
-            .fold(1, |n, &f| u64::saturating_mul(n, f as u64))
+        factors.iter().fold(1, |n, &f| u64::saturating_mul(n, f as u64))
     }
 
     /// Optimiser steps of the whole run.
     pub fn total_steps(&self) -> u64 {
         let from_tokens = |tokens: u64| tokens.div_ceil(self.tokens_per_step());
-        self.train
-            .steps
-            .or(self.train.tokens.map(from_tokens))
-            .unwrap_or(0)
+        self.train.steps.or(self.train.tokens.map(from_tokens)).unwrap_or(0)
     }
 
     /// Folder of the tokenizer and the tokenised text.
@@ -443,9 +431,7 @@ fn syntax_error(text: &str, error: &toml::de::Error) -> TrainError {
         let line = text.lines().nth(number).unwrap_or("").trim();
         format!("line {}, `{line}`: ", number + 1)
     });
-    TrainError::Syntax {
-        what: format!("{}{message}", place.unwrap_or_default()),
-    }
+    TrainError::Syntax { what: format!("{}{message}", place.unwrap_or_default()) }
 }
 
 #[cfg(test)]

@@ -149,10 +149,8 @@ impl Batches {
         let (seed, drawn) = (number("seed")?, number("drawn")?);
         let sources = state["sources"].as_array().ok_or_else(damaged)?;
         if seed != self.seed {
-            let what = format!(
-                "the checkpoint was made with train.seed = {seed}, this run has {}",
-                self.seed
-            );
+            let what =
+                format!("the checkpoint was made with train.seed = {seed}, this run has {}", self.seed);
             return Err(TrainError::Resume { what });
         }
         let names = |found: Vec<&str>| found.join(", ");
@@ -162,11 +160,7 @@ impl Batches {
             let what = format!("the checkpoint read the sources {saved}, this run has {here}");
             return Err(TrainError::Resume { what });
         }
-        let places = self
-            .streams
-            .iter()
-            .zip(sources)
-            .map(|(stream, state)| stream.place(state, damaged));
+        let places = self.streams.iter().zip(sources).map(|(stream, state)| stream.place(state, damaged));
         let places = places.collect::<Result<Vec<_>, _>>()?;
         for (stream, place) in self.streams.iter_mut().zip(places) {
             stream.go_to(place);
@@ -204,11 +198,7 @@ impl Stream {
     fn new(name: &str, corpus: Corpus, weights: [f64; 2], end_of_text: u32, seed: u64) -> Self {
         // Named, so that adding a source leaves the order of the others alone.
         let seed = mix(seed ^ xxhash_rust::xxh3::xxh3_64(name.as_bytes()));
-        let start = Place {
-            epoch: 0,
-            document: 0,
-            offset: 0,
-        };
+        let start = Place { epoch: 0, document: 0, offset: 0 };
         let mut made = Self {
             name: name.to_owned(),
             corpus,
@@ -239,8 +229,7 @@ impl Stream {
                 document = self.order[self.place.document] as usize;
             }
             let count = missing.min(self.corpus.length(document) - self.place.offset);
-            self.corpus
-                .copy(document, self.place.offset, count, &mut to.ids);
+            self.corpus.copy(document, self.place.offset, count, &mut to.ids);
             self.place.offset += count;
             self.read += count;
             missing -= count;
@@ -248,8 +237,7 @@ impl Stream {
         to.targets.extend_from_slice(&to.ids[start + 1..]);
         let document = self.order[self.place.document] as usize;
         if self.place.offset < self.corpus.length(document) {
-            self.corpus
-                .copy(document, self.place.offset, 1, &mut to.targets);
+            self.corpus.copy(document, self.place.offset, 1, &mut to.targets);
         } else {
             // Whichever document follows, it begins with the marker.
             to.targets.push(self.end_of_text);
@@ -278,11 +266,7 @@ impl Stream {
     }
 
     fn state(&self) -> Value {
-        let Place {
-            epoch,
-            document,
-            offset,
-        } = self.place;
+        let Place { epoch, document, offset } = self.place;
         let text = format!("{:016x}", self.corpus.key);
         json!({ "name": self.name, "text": text, "epoch": epoch, "document": document, "offset": offset })
     }
@@ -298,15 +282,9 @@ impl Stream {
         }
         let number = |name: &str| state[name].as_u64().ok_or_else(&damaged);
         let index = |name: &str| number(name).map(|n| usize::try_from(n).unwrap_or(usize::MAX));
-        let place = Place {
-            epoch: number("epoch")?,
-            document: index("document")?,
-            offset: index("offset")?,
-        };
+        let place = Place { epoch: number("epoch")?, document: index("document")?, offset: index("offset")? };
         let order = self.order_of(place.epoch);
-        let length = order
-            .get(place.document)
-            .map(|&document| self.corpus.length(document as usize));
+        let length = order.get(place.document).map(|&document| self.corpus.length(document as usize));
         if length.is_none_or(|length| place.offset > length) {
             return Err(damaged());
         }
@@ -319,9 +297,7 @@ impl Stream {
 
     fn go_to(&mut self, place: Place) {
         self.order = self.order_of(place.epoch);
-        let whole = self.order[..place.document]
-            .iter()
-            .map(|&n| self.corpus.length(n as usize));
+        let whole = self.order[..place.document].iter().map(|&n| self.corpus.length(n as usize));
         self.read = whole.sum::<usize>() + place.offset;
         self.place = place;
     }

@@ -15,8 +15,7 @@ use serde_json::{Value, json};
 use setun::config::{Exceptions, Family, ModelConfig, Numerics, Storage, Ternary};
 use setun::error::ModelError;
 use setun::format::{
-    Encoding, SafetensorsWriter, ScaleConvention, Scaling, TensorSpec, encode_floats,
-    encode_hf_packed,
+    Encoding, SafetensorsWriter, ScaleConvention, Scaling, TensorSpec, encode_floats, encode_hf_packed,
 };
 use setun::model::Role;
 use setun_kernels::{Kernels, Pool, TernaryMatrix};
@@ -49,10 +48,7 @@ pub struct ExportOptions {
 
 impl Default for ExportOptions {
     fn default() -> Self {
-        Self {
-            ternary: TernaryForm::Packed,
-            floats: Encoding::F32,
-        }
+        Self { ternary: TernaryForm::Packed, floats: Encoding::F32 }
     }
 }
 
@@ -74,11 +70,7 @@ pub fn export(
     }
     if let Some((param, index)) = params.iter().find_map(not_finite) {
         let what = format!("value {index} is not a finite number, so the model cannot be exported");
-        return Err(ModelError::Tensor {
-            name: param.name.clone(),
-            what,
-        }
-        .into());
+        return Err(ModelError::Tensor { name: param.name.clone(), what }.into());
     }
     std::fs::create_dir_all(folder).map_err(|e| TrainError::write(folder, e))?;
     let config_file = folder.join("config.json");
@@ -90,14 +82,8 @@ pub fn export(
     }
     write_weights(&folder.join("model.safetensors"), params, options)?;
     vocabulary.save(&folder.join("tokenizer.json"))?;
-    write_json(
-        &folder.join("tokenizer_config.json"),
-        &tokenizer_config(config, vocabulary)?,
-    )?;
-    write_json(
-        &folder.join("generation_config.json"),
-        &generation_config(config),
-    )?;
+    write_json(&folder.join("tokenizer_config.json"), &tokenizer_config(config, vocabulary)?)?;
+    write_json(&folder.join("generation_config.json"), &generation_config(config))?;
     write_json(&config_file, &config_json(config, options)?)
 }
 
@@ -107,13 +93,8 @@ fn not_finite(param: &Param) -> Option<(&Param, usize)> {
 }
 
 fn write_weights(path: &Path, params: &Params, options: &ExportOptions) -> Result<(), TrainError> {
-    let packed =
-        |p: &Param| p.kind == Kind::Matrix(Role::Ternary) && options.ternary == TernaryForm::Packed;
-    let spec = |name: String, shape: Vec<usize>, encoding: Encoding| TensorSpec {
-        name,
-        shape,
-        encoding,
-    };
+    let packed = |p: &Param| p.kind == Kind::Matrix(Role::Ternary) && options.ternary == TernaryForm::Packed;
+    let spec = |name: String, shape: Vec<usize>, encoding: Encoding| TensorSpec { name, shape, encoding };
     let mut specs = Vec::new();
     for param in params.iter() {
         if packed(param) {
@@ -121,37 +102,22 @@ fn write_weights(path: &Path, params: &Params, options: &ExportOptions) -> Resul
             specs.push(spec(param.name.clone(), shape, Encoding::U8));
             specs.push(spec(scale_name(param), vec![1], Encoding::F32));
         } else {
-            specs.push(spec(
-                param.name.clone(),
-                param.shape(),
-                options.floats.clone(),
-            ));
+            specs.push(spec(param.name.clone(), param.shape(), options.floats.clone()));
         }
     }
     // Small enough that one thread and two passes over the scales do.
     let (kernels, pool) = (Kernels::best(), Pool::new(1));
     let encoded = |param: &Param| -> Result<(Vec<u8>, Vec<u8>), TrainError> {
         let matrix = TernaryMatrix::quantize(kernels, &param.values, param.rows, param.cols, &pool);
-        let matrix = matrix.map_err(|e| ModelError::Tensor {
-            name: param.name.clone(),
-            what: e.to_string(),
-        })?;
+        let matrix =
+            matrix.map_err(|e| ModelError::Tensor { name: param.name.clone(), what: e.to_string() })?;
         let (convention, f32) = (ScaleConvention::Multiply, Encoding::F32);
-        Ok(encode_hf_packed(
-            &param.name,
-            &matrix,
-            convention,
-            &f32,
-            Scaling::Exact,
-        )?)
+        Ok(encode_hf_packed(&param.name, &matrix, convention, &f32, Scaling::Exact)?)
     };
     let mut writer = SafetensorsWriter::create(path, &[], specs)?;
     while let Some(name) = writer.pending().map(|spec| spec.name.clone()) {
         let owner = |p: &&Param| p.name == name || packed(p) && scale_name(p) == name;
-        let param = params
-            .iter()
-            .find(owner)
-            .expect("every spec was made from a parameter");
+        let param = params.iter().find(owner).expect("every spec was made from a parameter");
         let bytes = match (packed(param), param.name == name) {
             (true, true) => encoded(param)?.0,
             (true, false) => encoded(param)?.1,
@@ -163,16 +129,8 @@ fn write_weights(path: &Path, params: &Params, options: &ExportOptions) -> Resul
 }
 
 /// Every linear layer, as `modules_to_not_convert` names them.
-const FLOAT_TWIN: [&str; 8] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "lm_head",
-];
+const FLOAT_TWIN: [&str; 8] =
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"];
 
 /// `….q_proj.weight` → `….q_proj.weight_scale`.
 fn scale_name(param: &Param) -> String {
@@ -194,10 +152,7 @@ fn config_json(config: &ModelConfig, options: &ExportOptions) -> Result<Value, M
             let all = FLOAT_TWIN.map(str::to_owned).to_vec();
             let exceptions = Some(Exceptions::new(all)?);
             let storage = Storage::Masters;
-            stored.numerics = Numerics::Ternary(Ternary {
-                storage,
-                exceptions,
-            });
+            stored.numerics = Numerics::Ternary(Ternary { storage, exceptions });
         }
         Numerics::Float => {}
     }
@@ -256,10 +211,7 @@ mod tests {
         Vocabulary::train(text.into_iter().map(|t| Ok(t.to_owned())), 270).unwrap()
     }
 
-    fn exported(
-        ternary: bool,
-        options: &ExportOptions,
-    ) -> (tempfile::TempDir, Params, ModelConfig) {
+    fn exported(ternary: bool, options: &ExportOptions) -> (tempfile::TempDir, Params, ModelConfig) {
         let mut config = ModelConfig::fresh(&shape(), ternary).unwrap();
         (config.bos, config.eos) = (Some(0), vec![0]);
         let (_, params) = initialise(config.clone(), 3).unwrap();
@@ -281,16 +233,10 @@ mod tests {
             let tensor = file.tensor(&param.name).unwrap();
             if param.kind == Kind::Matrix(Role::Ternary) {
                 let scale = file.tensor(&scale_name(param)).unwrap();
-                let found = hf_packed_to_ternary(
-                    &tensor,
-                    &scale,
-                    ScaleConvention::Multiply,
-                    param.rows,
-                    param.cols,
-                )
-                .unwrap();
-                let trained =
-                    TernaryMatrix::quantize(kernels, &param.values, param.rows, param.cols, &pool);
+                let found =
+                    hf_packed_to_ternary(&tensor, &scale, ScaleConvention::Multiply, param.rows, param.cols)
+                        .unwrap();
+                let trained = TernaryMatrix::quantize(kernels, &param.values, param.rows, param.cols, &pool);
                 assert_eq!(found, trained.unwrap(), "{}", param.name);
                 ternary += 1;
             } else {
@@ -303,10 +249,7 @@ mod tests {
 
     #[test]
     fn masters_and_floats_keep_every_bit_and_say_what_they_are() {
-        let masters = ExportOptions {
-            ternary: TernaryForm::Masters,
-            ..ExportOptions::default()
-        };
+        let masters = ExportOptions { ternary: TernaryForm::Masters, ..ExportOptions::default() };
         for (ternary, options) in [(true, &masters), (false, &ExportOptions::default())] {
             let (folder, params, config) = exported(ternary, options);
             let file = Checkpoint::open(folder.path()).unwrap();
@@ -329,16 +272,10 @@ mod tests {
 
     #[test]
     fn bf16_rounds_what_is_not_ternary_and_the_config_says_so() {
-        let options = ExportOptions {
-            floats: Encoding::BF16,
-            ..ExportOptions::default()
-        };
+        let options = ExportOptions { floats: Encoding::BF16, ..ExportOptions::default() };
         let (folder, params, _) = exported(true, &options);
         let file = Checkpoint::open(folder.path()).unwrap();
-        assert_eq!(
-            file.config_json().unwrap().unwrap()["torch_dtype"],
-            "bfloat16"
-        );
+        assert_eq!(file.config_json().unwrap().unwrap()["torch_dtype"], "bfloat16");
         let tensor = file.tensor("model.embed_tokens.weight").unwrap();
         let pairs = tensor.to_f32().unwrap();
         let embed = params.iter().next().unwrap();
@@ -361,14 +298,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_exported_is_named_and_leaves_no_config() {
-        let config = ModelConfig::fresh(
-            &Shape {
-                intermediate_size: 98,
-                ..shape()
-            },
-            true,
-        )
-        .unwrap();
+        let config = ModelConfig::fresh(&Shape { intermediate_size: 98, ..shape() }, true).unwrap();
         let (_, mut params) = initialise(config.clone(), 3).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let attempt = |params: &Params, options: &ExportOptions| {
@@ -377,20 +307,11 @@ mod tests {
             done.unwrap_err().to_string()
         };
         let error = attempt(&params, &ExportOptions::default());
-        assert!(
-            error.contains("gate_proj") && error.contains("multiple of 4"),
-            "{error}"
-        );
-        let odd = ExportOptions {
-            floats: Encoding::Q8_0,
-            ..ExportOptions::default()
-        };
+        assert!(error.contains("gate_proj") && error.contains("multiple of 4"), "{error}");
+        let odd = ExportOptions { floats: Encoding::Q8_0, ..ExportOptions::default() };
         assert!(attempt(&params, &odd).contains("F32 or BF16"));
         params.iter_mut().next().unwrap().values[7] = f32::NAN;
         let error = attempt(&params, &ExportOptions::default());
-        assert!(
-            error.contains("model.embed_tokens.weight") && error.contains("value 7"),
-            "{error}"
-        );
+        assert!(error.contains("model.embed_tokens.weight") && error.contains("value 7"), "{error}");
     }
 }

@@ -56,13 +56,9 @@ pub struct Metrics {
 impl Metrics {
     /// Adds the loss and the bits per byte of the held-out set `name`.
     pub fn add_eval(&mut self, name: &str, score: &Score) {
-        let values = [
-            ("loss", score.loss()),
-            ("bits_per_byte", score.bits_per_byte()),
-        ];
+        let values = [("loss", score.loss()), ("bits_per_byte", score.bits_per_byte())];
         for (measure, value) in values {
-            self.other
-                .insert(format!("eval_{name}_{measure}"), value.into());
+            self.other.insert(format!("eval_{name}_{measure}"), value.into());
         }
     }
 
@@ -143,10 +139,7 @@ fn push_line(text: &mut Vec<u8>, line: &Metrics) {
 /// When the file cannot be read, or with the line that is no metrics line.
 pub fn read(path: &Path) -> Result<Vec<Metrics>, TrainError> {
     let bytes = std::fs::read(path).map_err(|e| TrainError::read(path, e))?;
-    Ok(parse(path, &bytes)?
-        .into_iter()
-        .map(|(_, line)| line)
-        .collect())
+    Ok(parse(path, &bytes)?.into_iter().map(|(_, line)| line).collect())
 }
 
 /// The whole, non-empty lines of a file and what they say.
@@ -169,18 +162,10 @@ mod tests {
     use super::*;
 
     fn line(step: u64) -> Metrics {
-        let mut line = Metrics {
-            step,
-            tokens: Some(step * 4096),
-            loss: Some(8.0 / step as f64),
-            ..Metrics::default()
-        };
+        let mut line =
+            Metrics { step, tokens: Some(step * 4096), loss: Some(8.0 / step as f64), ..Metrics::default() };
         if step.is_multiple_of(2) {
-            let score = Score {
-                nats: 20.0,
-                tokens: 10,
-                bytes: 40,
-            };
+            let score = Score { nats: 20.0, tokens: 10, bytes: 40 };
             line.add_eval("short-stories_2", &score);
         }
         line
@@ -223,11 +208,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         let mut writer = MetricsWriter::open(&path, 0).unwrap();
-        let broken = Metrics {
-            step: 1,
-            loss: Some(f64::NAN),
-            ..Metrics::default()
-        };
+        let broken = Metrics { step: 1, loss: Some(f64::NAN), ..Metrics::default() };
         writer.write(&broken).unwrap();
         assert_eq!(read(&path).unwrap()[0].loss, None);
     }

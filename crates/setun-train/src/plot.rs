@@ -42,27 +42,14 @@ pub fn plot_runs(runs: &[(String, std::path::PathBuf)], out: &Path) -> Result<()
     for (label, path) in runs {
         lines.push((label, metrics::read(path)?));
     }
-    let by_tokens = lines
-        .iter()
-        .all(|(_, run)| run.iter().all(|line| line.tokens.is_some()));
-    let curves: Vec<Curve> = lines
-        .iter()
-        .map(|(label, run)| Curve::new(label, run, by_tokens))
-        .collect();
-    let frame = Frame::around(&curves).ok_or_else(|| TrainError::Plot {
-        path: out.to_owned(),
-        what: "the metrics hold no loss".into(),
-    })?;
+    let by_tokens = lines.iter().all(|(_, run)| run.iter().all(|line| line.tokens.is_some()));
+    let curves: Vec<Curve> = lines.iter().map(|(label, run)| Curve::new(label, run, by_tokens)).collect();
+    let frame = Frame::around(&curves)
+        .ok_or_else(|| TrainError::Plot { path: out.to_owned(), what: "the metrics hold no loss".into() })?;
     let mut svg = String::new();
-    let axis = if by_tokens {
-        "training tokens (millions)"
-    } else {
-        "steps"
-    };
-    draw(&curves, &frame, axis, &mut svg).map_err(|e| TrainError::Plot {
-        path: out.to_owned(),
-        what: e.to_string(),
-    })?;
+    let axis = if by_tokens { "training tokens (millions)" } else { "steps" };
+    draw(&curves, &frame, axis, &mut svg)
+        .map_err(|e| TrainError::Plot { path: out.to_owned(), what: e.to_string() })?;
     write_whole(out, svg.as_bytes())
 }
 
@@ -85,11 +72,7 @@ impl Curve {
                 held_out[at].1.push((x(line), loss));
             }
         }
-        Self {
-            label: label.to_owned(),
-            training: smooth(&training),
-            held_out,
-        }
+        Self { label: label.to_owned(), training: smooth(&training), held_out }
     }
 
     fn points(&self) -> impl Iterator<Item = (f64, f64)> + '_ {
@@ -103,9 +86,7 @@ fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let width = points.len().div_ceil(POINTS).max(1);
     let mean = |chunk: &[(f64, f64)]| {
         let n = chunk.len() as f64;
-        let sums = chunk
-            .iter()
-            .fold((0.0, 0.0), |(x, y), p| (x + p.0, y + p.1));
+        let sums = chunk.iter().fold((0.0, 0.0), |(x, y), p| (x + p.0, y + p.1));
         (sums.0 / n, sums.1 / n)
     };
     points.chunks(width).map(mean).collect()
@@ -126,15 +107,9 @@ impl Frame {
             return None;
         }
         let late = || all().filter(|p| p.0 >= x / 20.0).map(|p| p.1);
-        let (low, high) = (
-            late().fold(f64::NAN, f64::min),
-            late().fold(f64::NAN, f64::max),
-        );
+        let (low, high) = (late().fold(f64::NAN, f64::min), late().fold(f64::NAN, f64::max));
         let margin = ((high - low) * 0.08).max(0.05);
-        Some(Self {
-            x: if x > 0.0 { x * 1.01 } else { 1.0 },
-            y: ((low - margin).max(0.0), high + margin),
-        })
+        Some(Self { x: if x > 0.0 { x * 1.01 } else { 1.0 }, y: ((low - margin).max(0.0), high + margin) })
     }
 
     /// `points` without those above the frame.
@@ -144,12 +119,10 @@ impl Frame {
     }
 }
 
-type DrawResult<'a> =
-    Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>>;
+type DrawResult<'a> = Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>>;
 
 fn draw<'a>(curves: &[Curve], frame: &Frame, axis: &str, svg: &'a mut String) -> DrawResult<'a> {
-    let area: DrawingArea<SVGBackend<'a>, Shift> =
-        SVGBackend::with_string(svg, SIZE).into_drawing_area();
+    let area: DrawingArea<SVGBackend<'a>, Shift> = SVGBackend::with_string(svg, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
     let font = |size: u32| ("sans-serif", size).into_font().color(&INK);
     let mut chart = ChartBuilder::on(&area)
@@ -229,19 +202,11 @@ mod tests {
         for step in (10u64..=2000).step_by(10) {
             let noise = (step as f64 * 12.9898).sin() * 0.06;
             let loss = floor + (8.3 - floor) * (-(step as f64) / 180.0).exp();
-            let mut line = Metrics {
-                step,
-                tokens: Some(step * 4096),
-                loss: Some(loss + noise),
-                ..Metrics::default()
-            };
+            let mut line =
+                Metrics { step, tokens: Some(step * 4096), loss: Some(loss + noise), ..Metrics::default() };
             if step % 200 == 0 {
                 for (set, extra) in [("stories", 0.05), ("books", 0.9)] {
-                    let score = Score {
-                        nats: (loss + extra) * 100.0,
-                        tokens: 100,
-                        bytes: 400,
-                    };
+                    let score = Score { nats: (loss + extra) * 100.0, tokens: 100, bytes: 400 };
                     line.add_eval(set, &score);
                 }
             }
@@ -255,10 +220,7 @@ mod tests {
         let at = |name: &str| folder.path().join(name);
         run(&at("a.jsonl"), 2.0);
         run(&at("b.jsonl"), 1.9);
-        let runs = [
-            ("ternary <1>".into(), at("a.jsonl")),
-            ("float".into(), at("b.jsonl")),
-        ];
+        let runs = [("ternary <1>".into(), at("a.jsonl")), ("float".into(), at("b.jsonl"))];
         plot_runs(&runs, &at("loss.svg")).unwrap();
         let svg = std::fs::read_to_string(at("loss.svg")).unwrap();
         for text in [

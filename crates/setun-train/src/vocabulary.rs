@@ -50,21 +50,14 @@ impl Vocabulary {
         };
         if vocabulary.len() > config.model.vocab_size {
             let expected = format!("at least {}, the tokenizer's entries", vocabulary.len());
-            return Err(TrainError::setting(
-                "model.vocab_size",
-                config.model.vocab_size,
-                expected,
-            ));
+            return Err(TrainError::setting("model.vocab_size", config.model.vocab_size, expected));
         }
         Ok(vocabulary)
     }
 
     fn cached(config: &TrainConfig) -> Result<Self, TrainError> {
         let cache = config.cache();
-        let entries = config
-            .tokenizer
-            .vocab_size
-            .unwrap_or(config.model.vocab_size);
+        let entries = config.tokenizer.vocab_size.unwrap_or(config.model.vocab_size);
         let end_of_text = &config.tokenizer.end_of_text;
         let paths = config.data.sources.iter().flat_map(|s| s.path.clone());
         let files = documents::files(&paths.collect::<Vec<PathBuf>>())?;
@@ -101,10 +94,7 @@ impl Vocabulary {
         entries: usize,
         end_of_text: &str,
     ) -> Result<Self, TrainError> {
-        let split = Sequence::new(vec![
-            Digits::new(true).into(),
-            ByteLevel::new(false, true, true).into(),
-        ]);
+        let split = Sequence::new(vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()]);
         // The first special token of a fresh vocabulary has id 0.
         let begin = TemplateProcessing::builder()
             .try_single(format!("{end_of_text} $A"))
@@ -130,17 +120,10 @@ impl Vocabulary {
         // The library takes plain strings: the first error stops the text and is handed over here.
         let failure = Mutex::new(None);
         let text = documents.map_while(|document| {
-            document
-                .map_err(|e| *failure.lock().expect("nothing panics while holding it") = Some(e))
-                .ok()
+            document.map_err(|e| *failure.lock().expect("nothing panics while holding it") = Some(e)).ok()
         });
-        tokenizer
-            .train(&mut trainer, text)
-            .map_err(TrainError::tokenizer)?;
-        if let Some(error) = failure
-            .into_inner()
-            .expect("nothing panics while holding it")
-        {
+        tokenizer.train(&mut trainer, text).map_err(TrainError::tokenizer)?;
+        if let Some(error) = failure.into_inner().expect("nothing panics while holding it") {
             return Err(error);
         }
         let json = tokenizer.to_string(true).map_err(TrainError::tokenizer)?;
@@ -158,23 +141,18 @@ impl Vocabulary {
     }
 
     fn parse(json: String, end_of_text: &str) -> Result<Self, String> {
-        let mut tokenizer: Tokenizer = json
-            .parse()
-            .map_err(|e| format!("not a usable tokenizer.json: {e}"))?;
+        let mut tokenizer: Tokenizer =
+            json.parse().map_err(|e| format!("not a usable tokenizer.json: {e}"))?;
         // In a training document `<|endoftext|>` is text: only this crate ends documents.
         tokenizer.set_encode_special_tokens(true);
-        tokenizer
-            .with_truncation(None)
-            .map_err(|e| format!("not a usable tokenizer.json: {e}"))?;
+        tokenizer.with_truncation(None).map_err(|e| format!("not a usable tokenizer.json: {e}"))?;
         tokenizer.with_padding(None);
-        let end_of_text = tokenizer
-            .token_to_id(end_of_text)
-            .ok_or_else(|| format!("the tokenizer has no token `{end_of_text}`; name its end of text in tokenizer.end_of_text"))?;
-        Ok(Self {
-            tokenizer,
-            json,
-            end_of_text,
-        })
+        let end_of_text = tokenizer.token_to_id(end_of_text).ok_or_else(|| {
+            format!(
+                "the tokenizer has no token `{end_of_text}`; name its end of text in tokenizer.end_of_text"
+            )
+        })?;
+        Ok(Self { tokenizer, json, end_of_text })
     }
 
     /// Writes `tokenizer.json`, whole or not at all.
@@ -217,10 +195,7 @@ impl Vocabulary {
     /// # Errors
     /// The tokenizer library's own; byte-level tokenizers have none.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TrainError> {
-        let encoding = self
-            .tokenizer
-            .encode_fast(text, false)
-            .map_err(TrainError::tokenizer)?;
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(TrainError::tokenizer)?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -229,10 +204,7 @@ impl Vocabulary {
     /// # Errors
     /// The tokenizer library's own; byte-level tokenizers have none.
     pub fn encode_with_ends(&self, text: &str) -> Result<(Vec<u32>, Vec<usize>), TrainError> {
-        let encoding = self
-            .tokenizer
-            .encode(text, false)
-            .map_err(TrainError::tokenizer)?;
+        let encoding = self.tokenizer.encode(text, false).map_err(TrainError::tokenizer)?;
         let ends = encoding.get_offsets().iter().map(|&(_, end)| end).collect();
         Ok((encoding.get_ids().to_vec(), ends))
     }
@@ -242,9 +214,7 @@ impl Vocabulary {
     /// # Errors
     /// The tokenizer library's own.
     pub fn decode(&self, ids: &[u32]) -> Result<String, TrainError> {
-        self.tokenizer
-            .decode(ids, true)
-            .map_err(TrainError::tokenizer)
+        self.tokenizer.decode(ids, true).map_err(TrainError::tokenizer)
     }
 }
 
@@ -253,12 +223,10 @@ pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(format!(".{}.tmp", std::process::id()));
     let temporary = PathBuf::from(temporary);
-    std::fs::write(&temporary, bytes)
-        .and_then(|()| std::fs::rename(&temporary, path))
-        .map_err(|e| {
-            let _ = std::fs::remove_file(&temporary);
-            TrainError::write(path, e)
-        })
+    std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, path)).map_err(|e| {
+        let _ = std::fs::remove_file(&temporary);
+        TrainError::write(path, e)
+    })
 }
 
 #[cfg(test)]
@@ -326,19 +294,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("tokenizer.json");
         vocabulary.save(&path).unwrap();
-        assert_eq!(
-            Vocabulary::load(&path, END_OF_TEXT).unwrap().json(),
-            vocabulary.json()
-        );
+        assert_eq!(Vocabulary::load(&path, END_OF_TEXT).unwrap().json(), vocabulary.json());
         let error = Vocabulary::load(&path, "</s>").unwrap_err().to_string();
-        assert!(
-            error.contains("`</s>`") && error.contains("tokenizer.end_of_text"),
-            "{error}"
-        );
+        assert!(error.contains("`</s>`") && error.contains("tokenizer.end_of_text"), "{error}");
         std::fs::write(&path, "{\"model\": 1}").unwrap();
-        let error = Vocabulary::load(&path, END_OF_TEXT)
-            .unwrap_err()
-            .to_string();
+        let error = Vocabulary::load(&path, END_OF_TEXT).unwrap_err().to_string();
         assert!(error.contains("tokenizer.json"), "{error}");
     }
 

@@ -20,17 +20,11 @@ impl TrainConfig {
         self.fresh()?;
         if !self.model.hidden_size.is_multiple_of(self.model.heads) {
             let expected = format!("a multiple of model.heads = {}", self.model.heads);
-            return Err(TrainError::setting(
-                "model.hidden_size",
-                self.model.hidden_size,
-                expected,
-            ));
+            return Err(TrainError::setting("model.hidden_size", self.model.hidden_size, expected));
         }
         // Packed Hugging Face tensors hold four rows per byte.
-        let sizes = [
-            ("hidden_size", self.model.hidden_size),
-            ("intermediate_size", self.model.intermediate_size),
-        ];
+        let sizes =
+            [("hidden_size", self.model.hidden_size), ("intermediate_size", self.model.intermediate_size)];
         for (field, size) in sizes {
             if self.model.precision == Precision::Ternary && !size.is_multiple_of(4) {
                 return Err(TrainError::setting(
@@ -41,15 +35,10 @@ impl TrainConfig {
             }
         }
         if self.tokenizer.end_of_text.is_empty() {
-            return Err(TrainError::setting(
-                "tokenizer.end_of_text",
-                "empty",
-                "the text of a token",
-            ));
+            return Err(TrainError::setting("tokenizer.end_of_text", "empty", "the text of a token"));
         }
         if let (Some(_), Some(size)) = (&self.tokenizer.path, self.tokenizer.vocab_size) {
-            let expected =
-                "absent when tokenizer.path is given, since only a trained tokenizer has a choice";
+            let expected = "absent when tokenizer.path is given, since only a trained tokenizer has a choice";
             return Err(TrainError::setting("tokenizer.vocab_size", size, expected));
         }
         if let Some(size) = self.tokenizer.vocab_size
@@ -60,15 +49,10 @@ impl TrainConfig {
         }
         let entries = self.tokenizer.vocab_size.unwrap_or(self.model.vocab_size);
         if self.tokenizer.path.is_none() && entries < crate::vocabulary::SMALLEST {
-            let field = if self.tokenizer.vocab_size.is_some() {
-                "tokenizer.vocab_size"
-            } else {
-                "model.vocab_size"
-            };
-            let expected = format!(
-                "at least {}: every byte and the end of text",
-                crate::vocabulary::SMALLEST
-            );
+            let field =
+                if self.tokenizer.vocab_size.is_some() { "tokenizer.vocab_size" } else { "model.vocab_size" };
+            let expected =
+                format!("at least {}: every byte and the end of text", crate::vocabulary::SMALLEST);
             return Err(TrainError::setting(field, entries, expected));
         }
         Ok(())
@@ -77,43 +61,22 @@ impl TrainConfig {
     fn check_data(&self) -> Result<(), TrainError> {
         let data = &self.data;
         if data.seq_len == 0 || data.seq_len > self.model.max_positions {
-            let expected = format!(
-                "from 1 to model.max_positions = {}",
-                self.model.max_positions
-            );
+            let expected = format!("from 1 to model.max_positions = {}", self.model.max_positions);
             return Err(TrainError::setting("data.seq_len", data.seq_len, expected));
         }
         if data.sources.is_empty() {
-            return Err(TrainError::setting(
-                "data.sources",
-                "empty",
-                "at least one [[data.sources]]",
-            ));
+            return Err(TrainError::setting("data.sources", "empty", "at least one [[data.sources]]"));
         }
         let lists = [
-            (
-                "data.sources",
-                data.sources
-                    .iter()
-                    .map(|s| (&s.name, &s.path))
-                    .collect::<Vec<_>>(),
-            ),
-            (
-                "data.valid",
-                data.valid.iter().map(|s| (&s.name, &s.path)).collect(),
-            ),
+            ("data.sources", data.sources.iter().map(|s| (&s.name, &s.path)).collect::<Vec<_>>()),
+            ("data.valid", data.valid.iter().map(|s| (&s.name, &s.path)).collect()),
         ];
         for (list, entries) in &lists {
             for (n, (name, paths)) in entries.iter().enumerate() {
                 let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
                 if name.is_empty() || !name.chars().all(plain) {
-                    let expected =
-                        "letters, digits, `-` and `_`, since files and metrics are named by it";
-                    return Err(TrainError::setting(
-                        format!("{list}.name"),
-                        format!("`{name}`"),
-                        expected,
-                    ));
+                    let expected = "letters, digits, `-` and `_`, since files and metrics are named by it";
+                    return Err(TrainError::setting(format!("{list}.name"), format!("`{name}`"), expected));
                 }
                 if entries[..n].iter().any(|(other, _)| other == name) {
                     return Err(TrainError::setting(
@@ -124,26 +87,15 @@ impl TrainConfig {
                 }
                 if paths.is_empty() {
                     let field = format!("{list}.path of `{name}`");
-                    return Err(TrainError::setting(
-                        field,
-                        "empty",
-                        "at least one file or folder",
-                    ));
+                    return Err(TrainError::setting(field, "empty", "at least one file or folder"));
                 }
             }
         }
         let [(_, training), (_, held_out)] = &lists;
         for (name, paths) in held_out {
-            if let Some(path) = paths
-                .iter()
-                .find(|p| training.iter().any(|(_, t)| t.contains(p)))
-            {
+            if let Some(path) = paths.iter().find(|p| training.iter().any(|(_, t)| t.contains(p))) {
                 let field = format!("data.valid.path of `{name}`");
-                return Err(TrainError::setting(
-                    field,
-                    path.display(),
-                    "a file that is not trained on",
-                ));
+                return Err(TrainError::setting(field, path.display(), "a file that is not trained on"));
             }
         }
         let mut sums = [0.0; 2];
@@ -159,11 +111,7 @@ impl TrainConfig {
         }
         if sums.iter().any(|&sum| sum <= 0.0) {
             let expected = "above 0 for some source, at the start and at the end";
-            return Err(TrainError::setting(
-                "data.sources.weight",
-                "0 for every source",
-                expected,
-            ));
+            return Err(TrainError::setting("data.sources.weight", "0 for every source", expected));
         }
         Ok(())
     }
@@ -176,69 +124,29 @@ impl TrainConfig {
         let below_one = |x: f64| (0.0..1.0).contains(&x);
         let rules = [
             ("lr", o.lr, positive(o.lr), "a positive number"),
-            (
-                "lr_second",
-                o.second_lr(),
-                positive(o.second_lr()),
-                "a positive number",
-            ),
+            ("lr_second", o.second_lr(), positive(o.second_lr()), "a positive number"),
             ("switch", o.switch, unit(o.switch), "a fraction from 0 to 1"),
-            (
-                "final_fraction",
-                o.final_fraction,
-                unit(o.final_fraction),
-                "a fraction from 0 to 1",
-            ),
-            (
-                "weight_decay",
-                o.weight_decay,
-                not_negative(o.weight_decay),
-                "a number from 0 up",
-            ),
-            (
-                "betas",
-                o.betas[0],
-                below_one(o.betas[0]),
-                "two numbers from 0 to below 1",
-            ),
-            (
-                "betas",
-                o.betas[1],
-                below_one(o.betas[1]),
-                "two numbers from 0 to below 1",
-            ),
+            ("final_fraction", o.final_fraction, unit(o.final_fraction), "a fraction from 0 to 1"),
+            ("weight_decay", o.weight_decay, not_negative(o.weight_decay), "a number from 0 up"),
+            ("betas", o.betas[0], below_one(o.betas[0]), "two numbers from 0 to below 1"),
+            ("betas", o.betas[1], below_one(o.betas[1]), "two numbers from 0 to below 1"),
             ("eps", o.eps, positive(o.eps), "a positive number"),
-            (
-                "clip",
-                o.clip,
-                not_negative(o.clip),
-                "a number from 0 (no limit) up",
-            ),
+            ("clip", o.clip, not_negative(o.clip), "a number from 0 (no limit) up"),
         ];
         match rules.iter().find(|(.., good, _)| !good) {
-            Some((field, found, _, expected)) => Err(TrainError::setting(
-                format!("optimizer.{field}"),
-                found,
-                *expected,
-            )),
+            Some((field, found, _, expected)) => {
+                Err(TrainError::setting(format!("optimizer.{field}"), found, *expected))
+            }
             None => Ok(()),
         }
     }
 
     fn check_train(&self) -> Result<(), TrainError> {
         let t = &self.train;
-        for (field, value) in [
-            ("batch", t.batch),
-            ("accumulation", t.accumulation),
-            ("keep", t.keep),
-        ] {
+        for (field, value) in [("batch", t.batch), ("accumulation", t.accumulation), ("keep", t.keep)] {
             if value == 0 || value > 1 << 20 {
                 let expected = "a number from 1 to a million";
-                return Err(TrainError::setting(
-                    format!("train.{field}"),
-                    value,
-                    expected,
-                ));
+                return Err(TrainError::setting(format!("train.{field}"), value, expected));
             }
         }
         let length = match (t.steps, t.tokens) {
@@ -248,18 +156,10 @@ impl TrainConfig {
             _ => None,
         };
         if let Some(found) = length {
-            return Err(TrainError::setting(
-                "train.steps",
-                found,
-                "one of `steps` and `tokens`, at least 1",
-            ));
+            return Err(TrainError::setting("train.steps", found, "one of `steps` and `tokens`, at least 1"));
         }
         if t.threads == Some(0) {
-            return Err(TrainError::setting(
-                "train.threads",
-                0,
-                "at least 1, or absent",
-            ));
+            return Err(TrainError::setting("train.threads", 0, "at least 1, or absent"));
         }
         if t.log_every == 0 {
             return Err(TrainError::setting("train.log_every", 0, "at least 1"));

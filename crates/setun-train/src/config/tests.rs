@@ -29,21 +29,9 @@ fn parse(text: &str) -> Result<TrainConfig, TrainError> {
 
 /// The error after replacing a line of [`SMALL`] (found by its beginning), or adding one after it.
 fn refusal(line: &str, replacement: &str) -> String {
-    let text: Vec<_> = SMALL
-        .lines()
-        .map(|l| {
-            if l.trim().starts_with(line) {
-                replacement
-            } else {
-                l
-            }
-        })
-        .collect();
-    assert_ne!(
-        text.join("\n"),
-        SMALL.trim_end_matches(' '),
-        "no line begins with {line}"
-    );
+    let text: Vec<_> =
+        SMALL.lines().map(|l| if l.trim().starts_with(line) { replacement } else { l }).collect();
+    assert_ne!(text.join("\n"), SMALL.trim_end_matches(' '), "no line begins with {line}");
     parse(&text.join("\n")).expect_err(replacement).to_string()
 }
 
@@ -67,10 +55,7 @@ fn relative_paths_start_at_the_file_and_absolute_ones_stay() {
     let file = folder.path().join("run.toml");
     std::fs::write(&file, SMALL).unwrap();
     let config = TrainConfig::load(&file).unwrap();
-    assert_eq!(
-        config.data.sources[0].path,
-        [folder.path().join("text/stories.txt")]
-    );
+    assert_eq!(config.data.sources[0].path, [folder.path().join("text/stories.txt")]);
     assert_eq!(config.data.valid[0].path[1], Path::new("/abs/b.txt"));
     assert_eq!(config.train.out, folder.path().join("out/small"));
 }
@@ -87,87 +72,35 @@ fn every_refusal_names_the_field_or_the_line() {
     let cases = [
         ("hidden_size", "hiden_size = 256", "`hiden_size`"),
         ("hidden_size", "", "`hidden_size`"),
-        (
-            "hidden_size",
-            "hidden_size = \"wide\"",
-            "line 4, `hidden_size = \"wide\"`",
-        ),
+        ("hidden_size", "hidden_size = \"wide\"", "line 4, `hidden_size = \"wide\"`"),
         ("hidden_size", "hidden_size = 0", "`hidden_size`"),
-        (
-            "hidden_size",
-            "hidden_size = 258",
-            "`model.hidden_size` is 258",
-        ),
+        ("hidden_size", "hidden_size = 258", "`model.hidden_size` is 258"),
         ("hidden_size", "hidden_size = -4", "`hidden_size = -4`"),
         ("heads", "heads = 0", "heads"),
         ("heads", "heads = 4\nkv_heads = 3", "num_key_value_heads"),
-        (
-            "vocab_size",
-            "vocab_size = 200",
-            "`model.vocab_size` is 200",
-        ),
+        ("vocab_size", "vocab_size = 200", "`model.vocab_size` is 200"),
         ("seq_len", "seq_len = 129", "`data.seq_len` is 129"),
         ("sources", "sources = []", "`data.sources` is empty"),
-        (
-            "sources",
-            "sources = [{ name = \"a/b\", path = \"c\" }]",
-            "`data.sources.name` is `a/b`",
-        ),
-        (
-            "sources",
-            "sources = [{ name = \"a\", path = \"held/a.txt\" }]",
-            "`data.valid.path of `stories`",
-        ),
+        ("sources", "sources = [{ name = \"a/b\", path = \"c\" }]", "`data.sources.name` is `a/b`"),
+        ("sources", "sources = [{ name = \"a\", path = \"held/a.txt\" }]", "`data.valid.path of `stories`"),
         (
             "sources",
             "sources = [{ name = \"a\", path = \"b\", weight = -1 }]",
             "`data.sources.weight of `a``",
         ),
-        (
-            "sources",
-            "sources = [{ name = \"a\", path = \"b\", weight_end = 0 }]",
-            "`data.sources.weight`",
-        ),
-        (
-            "sources",
-            "sources = [{ name = \"a\", path = 3 }]",
-            "a path or a list of paths",
-        ),
+        ("sources", "sources = [{ name = \"a\", path = \"b\", weight_end = 0 }]", "`data.sources.weight`"),
+        ("sources", "sources = [{ name = \"a\", path = 3 }]", "a path or a list of paths"),
         ("tokens", "", "neither steps nor tokens"),
         ("tokens", "tokens = 1\nsteps = 1", "both steps and tokens"),
         ("batch", "batch = 0", "`train.batch` is 0"),
         ("batch", "threads = 0", "`train.threads` is 0"),
         ("batch", "precision = \"float\"", "`precision`"),
-        (
-            "[train]",
-            "[optimizer]\nlr = 0.0\n[train]",
-            "`optimizer.lr` is 0",
-        ),
-        (
-            "[train]",
-            "[optimizer]\nlr = nan\n[train]",
-            "`optimizer.lr` is NaN",
-        ),
-        (
-            "[train]",
-            "[optimizer]\nbetas = [0.9, 1.0]\n[train]",
-            "`optimizer.betas` is 1",
-        ),
-        (
-            "[train]",
-            "[optimizer]\nschedule = \"wavy\"\n[train]",
-            "`schedule = \"wavy\"`",
-        ),
-        (
-            "[train]",
-            "[tokenizer]\nvocab_size = 513\n[train]",
-            "`tokenizer.vocab_size` is 513",
-        ),
-        (
-            "[train]",
-            "[tokenizer]\npath = \"t\"\nvocab_size = 500\n[train]",
-            "absent when tokenizer.path",
-        ),
+        ("[train]", "[optimizer]\nlr = 0.0\n[train]", "`optimizer.lr` is 0"),
+        ("[train]", "[optimizer]\nlr = nan\n[train]", "`optimizer.lr` is NaN"),
+        ("[train]", "[optimizer]\nbetas = [0.9, 1.0]\n[train]", "`optimizer.betas` is 1"),
+        ("[train]", "[optimizer]\nschedule = \"wavy\"\n[train]", "`schedule = \"wavy\"`"),
+        ("[train]", "[tokenizer]\nvocab_size = 513\n[train]", "`tokenizer.vocab_size` is 513"),
+        ("[train]", "[tokenizer]\npath = \"t\"\nvocab_size = 500\n[train]", "absent when tokenizer.path"),
         ("[train]", "[train", "line 18"),
     ];
     for (line, replacement, expected) in cases {

@@ -50,9 +50,8 @@ impl Corpus {
         threads: usize,
     ) -> Result<Self, TrainError> {
         let key = key(text, vocabulary);
-        if let Some(found) = std::fs::read(path)
-            .ok()
-            .and_then(|bytes| Self::from_bytes(&bytes, key, vocabulary.len()))
+        if let Some(found) =
+            std::fs::read(path).ok().and_then(|bytes| Self::from_bytes(&bytes, key, vocabulary.len()))
         {
             return Ok(found);
         }
@@ -73,11 +72,7 @@ impl Corpus {
         let narrow = vocabulary.len() <= 1 << 16;
         let mut corpus = Self {
             ends: Vec::new(),
-            tokens: if narrow {
-                Tokens::Narrow(Vec::new())
-            } else {
-                Tokens::Wide(Vec::new())
-            },
+            tokens: if narrow { Tokens::Narrow(Vec::new()) } else { Tokens::Wide(Vec::new()) },
             key,
         };
         loop {
@@ -132,9 +127,7 @@ impl Corpus {
     pub(crate) fn copy(&self, index: usize, offset: usize, count: usize, to: &mut Vec<u32>) {
         let start = self.range(index).start + offset;
         match &self.tokens {
-            Tokens::Narrow(all) => {
-                to.extend(all[start..start + count].iter().map(|&id| u32::from(id)))
-            }
+            Tokens::Narrow(all) => to.extend(all[start..start + count].iter().map(|&id| u32::from(id))),
             Tokens::Wide(all) => to.extend_from_slice(&all[start..start + count]),
         }
     }
@@ -144,8 +137,7 @@ impl Corpus {
             Tokens::Narrow(_) => 2,
             Tokens::Wide(_) => 4,
         };
-        let mut bytes =
-            Vec::with_capacity(HEADER + 8 * self.ends.len() + width * self.tokens.len());
+        let mut bytes = Vec::with_capacity(HEADER + 8 * self.ends.len() + width * self.tokens.len());
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.extend_from_slice(&(width as u32).to_le_bytes());
@@ -167,10 +159,7 @@ impl Corpus {
         if bytes.get(..8)? != MAGIC || u32_at(8)? != VERSION || u64_at(16)? != key {
             return None;
         }
-        let (documents, count) = (
-            usize::try_from(u64_at(24)?).ok()?,
-            usize::try_from(u64_at(32)?).ok()?,
-        );
+        let (documents, count) = (usize::try_from(u64_at(24)?).ok()?, usize::try_from(u64_at(32)?).ok()?);
         let tokens_at = documents.checked_mul(8)?.checked_add(HEADER)?;
         let (ends, rest) = (bytes.get(HEADER..tokens_at)?, bytes.get(tokens_at..)?);
         let ends: Vec<u64> = chunks(ends).map(u64::from_le_bytes).collect();
@@ -203,9 +192,7 @@ impl Tokens {
 }
 
 fn chunks<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> {
-    bytes
-        .chunks_exact(N)
-        .map(|chunk| chunk.try_into().expect("chunks of N"))
+    bytes.chunks_exact(N).map(|chunk| chunk.try_into().expect("chunks of N"))
 }
 
 fn key(text: u64, vocabulary: &Vocabulary) -> u64 {
@@ -236,9 +223,7 @@ fn encode_all(
     let parts = std::thread::scope(|scope| {
         let handles: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(worker)).collect();
         let results = handles.into_iter().map(|handle| {
-            handle
-                .join()
-                .unwrap_or_else(|_| Err(TrainError::tokenizer("a tokenizing thread panicked")))
+            handle.join().unwrap_or_else(|_| Err(TrainError::tokenizer("a tokenizing thread panicked")))
         });
         results.collect::<Result<Vec<_>, _>>()
     })?;

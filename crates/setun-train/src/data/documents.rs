@@ -27,18 +27,12 @@ pub(crate) fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, TrainError> {
         let mut inside = Vec::new();
         for entry in entries {
             let file = entry.map_err(|e| TrainError::read(path, e))?.path();
-            if ["txt", "jsonl"]
-                .iter()
-                .any(|kind| has_extension(&file, kind))
-            {
+            if ["txt", "jsonl"].iter().any(|kind| has_extension(&file, kind)) {
                 inside.push(file);
             }
         }
         if inside.is_empty() {
-            return Err(TrainError::file(
-                path,
-                "the folder holds no .txt and no .jsonl file",
-            ));
+            return Err(TrainError::file(path, "the folder holds no .txt and no .jsonl file"));
         }
         inside.sort();
         found.append(&mut inside);
@@ -47,8 +41,7 @@ pub(crate) fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, TrainError> {
 }
 
 fn has_extension(path: &Path, extension: &str) -> bool {
-    path.extension()
-        .is_some_and(|e| e.eq_ignore_ascii_case(extension))
+    path.extension().is_some_and(|e| e.eq_ignore_ascii_case(extension))
 }
 
 /// A hash of the files' contents and of their boundaries.
@@ -91,11 +84,7 @@ struct Reader {
 
 impl Documents {
     pub(crate) fn new(files: Vec<PathBuf>) -> Self {
-        Self {
-            files: files.into_iter(),
-            current: None,
-            failed: false,
-        }
+        Self { files: files.into_iter(), current: None, failed: false }
     }
 
     fn advance(&mut self) -> Result<Option<String>, TrainError> {
@@ -133,13 +122,7 @@ impl Reader {
         let file = File::open(&path).map_err(|e| TrainError::read(&path, e))?;
         let json = has_extension(&path, "jsonl");
         let lines = BufReader::with_capacity(1 << 20, file);
-        Ok(Self {
-            path,
-            lines,
-            line: 0,
-            json,
-            buffer: Vec::new(),
-        })
+        Ok(Self { path, lines, line: 0, json, buffer: Vec::new() })
     }
 
     /// The next line, without its end; `None` at the end of the file.
@@ -151,20 +134,14 @@ impl Reader {
         }
         self.line += 1;
         let bytes = if self.line == 1 {
-            self.buffer
-                .strip_prefix(b"\xef\xbb\xbf")
-                .unwrap_or(&self.buffer)
+            self.buffer.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&self.buffer)
         } else {
             &self.buffer
         };
         let bytes = bytes.strip_suffix(b"\n").unwrap_or(bytes);
         let bytes = bytes.strip_suffix(b"\r").unwrap_or(bytes);
         std::str::from_utf8(bytes).map(Some).map_err(|e| {
-            let what = format!(
-                "line {} is not UTF-8 from its byte {}",
-                self.line,
-                e.valid_up_to() + 1
-            );
+            let what = format!("line {} is not UTF-8 from its byte {}", self.line, e.valid_up_to() + 1);
             TrainError::file(&self.path, what)
         })
     }
@@ -198,10 +175,7 @@ impl Reader {
             }
             let parsed: Result<Line, _> = serde_json::from_str(line);
             let Line { text } = parsed.map_err(|e| {
-                let what = format!(
-                    "line {} is not a JSON object with a string `text`: {e}",
-                    self.line
-                );
+                let what = format!("line {} is not a JSON object with a string `text`: {e}", self.line);
                 TrainError::file(&self.path, what)
             })?;
             if let Some(document) = trimmed(&text) {
@@ -245,10 +219,7 @@ mod tests {
         std::fs::write(at("b.txt"), "second").unwrap();
         std::fs::write(at("a.jsonl"), "{\"text\": \"fi\\nrst\", \"id\": 1}\n\n").unwrap();
         std::fs::write(at("ignored.md"), "no").unwrap();
-        assert_eq!(
-            read(&[folder.path().to_owned()]).unwrap(),
-            ["fi\nrst", "second"]
-        );
+        assert_eq!(read(&[folder.path().to_owned()]).unwrap(), ["fi\nrst", "second"]);
     }
 
     #[test]
@@ -258,31 +229,15 @@ mod tests {
         std::fs::write(at("a.txt"), b"fine\nbad \xff\n").unwrap();
         std::fs::write(at("b.jsonl"), "{\"words\": 1}\n").unwrap();
         let error = read(&[at("a.txt")]).unwrap_err().to_string();
-        assert!(
-            error.contains("a.txt: line 2 is not UTF-8 from its byte 5"),
-            "{error}"
-        );
+        assert!(error.contains("a.txt: line 2 is not UTF-8 from its byte 5"), "{error}");
         let error = read(&[at("b.jsonl")]).unwrap_err().to_string();
-        assert!(
-            error.contains("line 1") && error.contains("`text`"),
-            "{error}"
-        );
+        assert!(error.contains("line 1") && error.contains("`text`"), "{error}");
         let mut documents = Documents::new(vec![at("b.jsonl"), at("a.txt")]);
         assert!(documents.next().unwrap().is_err());
         assert!(documents.next().is_none());
         std::fs::create_dir(at("empty")).unwrap();
-        assert!(
-            read(&[at("empty")])
-                .unwrap_err()
-                .to_string()
-                .contains("no .txt")
-        );
-        assert!(
-            read(&[at("absent.txt")])
-                .unwrap_err()
-                .to_string()
-                .contains("absent.txt")
-        );
+        assert!(read(&[at("empty")]).unwrap_err().to_string().contains("no .txt"));
+        assert!(read(&[at("absent.txt")]).unwrap_err().to_string().contains("absent.txt"));
     }
 
     #[test]

@@ -38,10 +38,7 @@ impl HeldOut {
         let set = Self::new(name, documents, vocabulary, seq_len)?;
         if set.tokens() == 0 {
             let path = paths.first().cloned().unwrap_or_default();
-            return Err(TrainError::file(
-                &path,
-                format!("held-out set `{name}` holds no document"),
-            ));
+            return Err(TrainError::file(&path, format!("held-out set `{name}` holds no document")));
         }
         Ok(set)
     }
@@ -73,12 +70,7 @@ impl HeldOut {
             stream.push(marker);
             bytes_before.push(total);
         }
-        Ok(Self {
-            name: name.to_owned(),
-            stream,
-            bytes_before,
-            seq_len: seq_len.max(1),
-        })
+        Ok(Self { name: name.to_owned(), stream, bytes_before, seq_len: seq_len.max(1) })
     }
 
     /// Its name in metrics.
@@ -98,32 +90,20 @@ impl HeldOut {
 
     /// The windows, at most `batch` at a time; all of one batch have one length. With `limit`, about so many tokens, in
     /// windows taken evenly from the whole set, the same ones every time.
-    pub fn batches(
-        &self,
-        batch: usize,
-        limit: Option<usize>,
-    ) -> impl Iterator<Item = HeldOutBatch> + '_ {
+    pub fn batches(&self, batch: usize, limit: Option<usize>) -> impl Iterator<Item = HeldOutBatch> + '_ {
         let windows = self.tokens().div_ceil(self.seq_len);
-        let wanted = limit.map_or(windows, |tokens| {
-            tokens.div_ceil(self.seq_len).clamp(1, windows.max(1))
-        });
+        let wanted = limit.map_or(windows, |tokens| tokens.div_ceil(self.seq_len).clamp(1, windows.max(1)));
         let wanted = wanted.min(windows);
         let batch = batch.max(1);
         let mut next = 0;
         std::iter::from_fn(move || {
             let mut made = HeldOutBatch {
-                batch: Batch {
-                    ids: Vec::new(),
-                    targets: Vec::new(),
-                    batch: 0,
-                    seq_len: 0,
-                },
+                batch: Batch { ids: Vec::new(), targets: Vec::new(), batch: 0, seq_len: 0 },
                 bytes: 0,
             };
             while next < wanted && made.batch.batch < batch {
                 // Window ⌊next · windows / wanted⌋: all of them when all are wanted.
-                let start =
-                    (next as u128 * windows as u128 / wanted as u128) as usize * self.seq_len;
+                let start = (next as u128 * windows as u128 / wanted as u128) as usize * self.seq_len;
                 let end = (start + self.seq_len).min(self.tokens());
                 if made.batch.batch > 0 && end - start != made.batch.seq_len {
                     break;
@@ -131,9 +111,7 @@ impl HeldOut {
                 made.batch.seq_len = end - start;
                 made.batch.batch += 1;
                 made.batch.ids.extend_from_slice(&self.stream[start..end]);
-                made.batch
-                    .targets
-                    .extend_from_slice(&self.stream[start + 1..end + 1]);
+                made.batch.targets.extend_from_slice(&self.stream[start + 1..end + 1]);
                 made.bytes += self.bytes_before[end + 1] - self.bytes_before[start + 1];
                 next += 1;
             }

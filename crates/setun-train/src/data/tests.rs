@@ -4,9 +4,7 @@ use super::*;
 
 /// Documents that name themselves: `word` repeated, then the number.
 fn documents(word: &str, count: usize) -> Vec<String> {
-    (0..count)
-        .map(|n| format!("{} {n}.", vec![word; n % 13 + 1].join(" ")))
-        .collect()
+    (0..count).map(|n| format!("{} {n}.", vec![word; n % 13 + 1].join(" "))).collect()
 }
 
 fn write(path: &Path, documents: &[String]) {
@@ -52,11 +50,7 @@ fn run(extra: &str) -> Run {
     );
     let config = TrainConfig::parse(&text, folder.path()).unwrap();
     let vocabulary = Vocabulary::prepare(&config).unwrap();
-    Run {
-        folder,
-        config,
-        vocabulary,
-    }
+    Run { folder, config, vocabulary }
 }
 
 impl Run {
@@ -73,12 +67,7 @@ impl Run {
 fn stream(batches: &mut Batches, source: usize, tokens: usize) -> Vec<u32> {
     let mut ids = Vec::new();
     while ids.len() < tokens {
-        let mut made = Batch {
-            ids: Vec::new(),
-            targets: Vec::new(),
-            batch: 1,
-            seq_len: 7,
-        };
+        let mut made = Batch { ids: Vec::new(), targets: Vec::new(), batch: 1, seq_len: 7 };
         batches.streams[source].sequence(7, &mut made);
         assert_eq!(made.ids[1..], made.targets[..6]);
         ids.extend(made.ids);
@@ -116,12 +105,7 @@ fn targets_are_the_ids_that_follow_also_across_sequences_and_epochs() {
     let total = batches.streams[1].corpus.tokens();
     let (mut ids, mut targets) = (Vec::new(), Vec::new());
     while ids.len() < 3 * total {
-        let mut made = Batch {
-            ids: Vec::new(),
-            targets: Vec::new(),
-            batch: 1,
-            seq_len: 5,
-        };
+        let mut made = Batch { ids: Vec::new(), targets: Vec::new(), batch: 1, seq_len: 5 };
         batches.streams[1].sequence(5, &mut made);
         ids.extend(made.ids);
         targets.extend(made.targets);
@@ -155,20 +139,13 @@ fn a_restored_state_continues_with_the_identical_batches() {
         assert!(a.eq(b), "step {step}");
         let mut twin = going.clone();
         for _ in 0..3 {
-            assert_eq!(
-                restored.next_batch(0.3),
-                twin.next_batch(0.3),
-                "step {step}"
-            );
+            assert_eq!(restored.next_batch(0.3), twin.next_batch(0.3), "step {step}");
         }
         assert_eq!(restored.state(), twin.state());
         going.next_batch(0.3);
     }
     let epochs: Vec<f64> = going.sources().map(|s| s.epochs).collect();
-    assert!(
-        epochs.iter().all(|&e| e > 1.0),
-        "the test crosses epochs: {epochs:?}"
-    );
+    assert!(epochs.iter().all(|&e| e > 1.0), "the test crosses epochs: {epochs:?}");
 }
 
 #[test]
@@ -288,17 +265,10 @@ fn held_out_windows_score_every_token_and_byte_once() {
     for seq_len in [1, 7, 64, 10_000] {
         let set = HeldOut::new("x", texts.iter().cloned().map(Ok), &run.vocabulary, seq_len);
         let set = set.unwrap();
-        assert_eq!(
-            (set.tokens(), set.bytes()),
-            (stream.len() - 1, bytes as u64)
-        );
+        assert_eq!((set.tokens(), set.bytes()), (stream.len() - 1, bytes as u64));
         let (mut ids, mut targets, mut score) = (Vec::new(), Vec::new(), Score::default());
         for made in set.batches(3, None) {
-            let Batch {
-                batch,
-                seq_len: length,
-                ..
-            } = made.batch;
+            let Batch { batch, seq_len: length, .. } = made.batch;
             assert!(batch <= 3 && length <= seq_len && batch * length == made.batch.ids.len());
             score.add(made.batch.targets.len() as f64, &made);
             ids.extend(made.batch.ids);
@@ -319,18 +289,14 @@ fn a_limit_takes_whole_windows_spread_over_the_set() {
     let texts = documents("dog", 200);
     let set = HeldOut::new("x", texts.into_iter().map(Ok), &run.vocabulary, 16).unwrap();
     let take = |limit| set.batches(4, limit).collect::<Vec<_>>();
-    let tokens =
-        |taken: &[HeldOutBatch]| -> usize { taken.iter().map(|b| b.batch.ids.len()).sum() };
+    let tokens = |taken: &[HeldOutBatch]| -> usize { taken.iter().map(|b| b.batch.ids.len()).sum() };
     let some = take(Some(100));
     assert_eq!(tokens(&some), 112, "seven windows of 16");
     assert_eq!(some, take(Some(100)));
     let all: Vec<u32> = take(None).into_iter().flat_map(|b| b.batch.ids).collect();
     let last = some.last().unwrap().batch.ids.chunks(16).last().unwrap();
     let place = all.windows(last.len()).position(|w| w == last).unwrap();
-    assert!(
-        place > all.len() / 2,
-        "the last window taken lies in the second half"
-    );
+    assert!(place > all.len() / 2, "the last window taken lies in the second half");
     assert_eq!(tokens(&take(Some(usize::MAX))), set.tokens());
     assert_eq!(tokens(&take(Some(1))), 16);
 }
@@ -340,16 +306,8 @@ fn empty_text_is_an_error_that_names_the_source() {
     let run = run("");
     std::fs::write(run.folder.path().join("dogs.txt"), "\n<|endoftext|>\n").unwrap();
     let error = Batches::new(&run.config, &run.vocabulary).unwrap_err();
-    assert!(
-        error
-            .to_string()
-            .contains("source `dogs` holds no document")
-    );
+    assert!(error.to_string().contains("source `dogs` holds no document"));
     let path = run.folder.path().join("dogs.txt");
     let error = HeldOut::load("dogs", &[path], &run.vocabulary, 8).unwrap_err();
-    assert!(
-        error
-            .to_string()
-            .contains("held-out set `dogs` holds no document")
-    );
+    assert!(error.to_string().contains("held-out set `dogs` holds no document"));
 }
