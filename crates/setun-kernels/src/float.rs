@@ -166,8 +166,8 @@ job!(RmsNorm { x: &'a [f32], weight: Option<&'a [f32]>, eps: f32, out: &'a mut [
     let inverse = 1.0 / (dot_lanes(s, x, x) / x.len() as f32 + eps).sqrt();
     let inverse = s.splat(inverse);
     match weight {
-        Some(weight) => zip_lanes(s, x, weight, out, |x, w| s.mul(s.mul(x, inverse), w)),
-        None => zip_lanes(s, x, x, out, |x, _| s.mul(x, inverse)),
+        Some(weight) => zip_lanes(s, x, weight, out, #[inline(always)] |x, w| s.mul(s.mul(x, inverse), w)),
+        None => zip_lanes(s, x, x, out, #[inline(always)] |x, _| s.mul(x, inverse)),
     }
 });
 
@@ -184,25 +184,25 @@ job!(AddAssign { x: &'a mut [f32], y: &'a [f32] } -> (), |s| {
 
 job!(ScaleAssign { x: &'a mut [f32], factor: f32 } -> (), |s| {
     let factor = s.splat(factor);
-    map_lanes(s, x, |x| s.mul(x, factor));
+    map_lanes(s, x, #[inline(always)] |x| s.mul(x, factor));
 });
 
 job!(SiluGate { gate: &'a [f32], up: &'a [f32], out: &'a mut [f32] } -> (), |s| {
     let one = s.splat(1.0);
-    zip_lanes(s, gate, up, out, |g, u| {
+    zip_lanes(s, gate, up, out, #[inline(always)] |g, u| {
         let denominator = s.add(one, exp_lanes(s, s.sub(s.zero(), g)));
         s.mul(s.div(g, denominator), u)
     });
 });
 
 job!(Relu2Gate { gate: &'a [f32], up: &'a [f32], out: &'a mut [f32] } -> (), |s| {
-    zip_lanes(s, gate, up, out, |g, u| {
+    zip_lanes(s, gate, up, out, #[inline(always)] |g, u| {
         let positive = s.max(s.zero(), g);
         s.mul(s.mul(positive, positive), u)
     });
 });
 
-job!(ExpInPlace { x: &'a mut [f32] } -> (), |s| { map_lanes(s, x, |x| exp_lanes(s, x)) });
+job!(ExpInPlace { x: &'a mut [f32] } -> (), |s| { map_lanes(s, x, #[inline(always)] |x| exp_lanes(s, x)) });
 
 /// Replaces `x` by `e^(x - max)`; returns the maximum (0 where there is none above minus infinity) and the sum.
 #[inline(always)]
@@ -210,7 +210,7 @@ fn exp_from_max<S: Lanes>(s: S, x: &mut [f32]) -> (f32, f32) {
     let max = max_lanes(s, x);
     let max = if max == f32::NEG_INFINITY { 0.0 } else { max };
     let splat = s.splat(max);
-    map_lanes(s, x, |x| exp_lanes(s, s.sub(x, splat)));
+    map_lanes(s, x, #[inline(always)] |x| exp_lanes(s, s.sub(x, splat)));
     (max, sum_lanes(s, x))
 }
 
@@ -218,7 +218,7 @@ job!(Softmax { x: &'a mut [f32] } -> (), |s| {
     let (_, sum) = exp_from_max(s, x);
     if sum != 0.0 {
         let sum = s.splat(sum);
-        map_lanes(s, x, |x| s.div(x, sum));
+        map_lanes(s, x, #[inline(always)] |x| s.div(x, sum));
     }
 });
 
