@@ -18,11 +18,7 @@ pub struct View<'a> {
 
 /// Elements that a strided matrix spans.
 fn span(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> usize {
-    if rows == 0 || cols == 0 {
-        0
-    } else {
-        (rows - 1) * row_stride + (cols - 1) * col_stride + 1
-    }
+    if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + (cols - 1) * col_stride + 1 }
 }
 
 impl<'a> View<'a> {
@@ -35,13 +31,7 @@ impl<'a> View<'a> {
             "view of {rows}x{cols} exceeds {} elements",
             data.len()
         );
-        Self {
-            data,
-            rows,
-            cols,
-            row_stride,
-            col_stride: 1,
-        }
+        Self { data, rows, cols, row_stride, col_stride: 1 }
     }
 
     /// The transpose.
@@ -75,16 +65,8 @@ impl<'a> ViewMut<'a> {
             "view of {rows}x{cols} exceeds {} elements",
             data.len()
         );
-        assert!(
-            row_stride >= cols,
-            "rows of {cols} columns overlap at stride {row_stride}"
-        );
-        Self {
-            data,
-            rows,
-            cols,
-            row_stride,
-        }
+        assert!(row_stride >= cols, "rows of {cols} columns overlap at stride {row_stride}");
+        Self { data, rows, cols, row_stride }
     }
 }
 
@@ -102,12 +84,7 @@ pub enum Into {
 /// Panics when the shapes do not fit together.
 pub fn gemm(c: ViewMut, into: Into, alpha: f32, a: View, b: View) {
     check(&c, a, b);
-    let tile = Tile {
-        row: 0,
-        rows: c.rows,
-        col: 0,
-        cols: c.cols,
-    };
+    let tile = Tile { row: 0, rows: c.rows, col: 0, cols: c.cols };
     let (out, stride) = (SharedMut::new(c.data), c.row_stride);
     // SAFETY: `c` is borrowed mutably here and the one tile is all of it.
     unsafe { product(&out, stride, tile, into, alpha, a, b) };
@@ -149,28 +126,15 @@ struct Tile {
 fn tiles(rows: usize, cols: usize, depth: usize) -> Vec<Tile> {
     let side = rows.max(cols);
     let across = rows.min(cols) * depth;
-    let step = side
-        .div_ceil(PIECES)
-        .max(WORK.div_ceil(across.max(1)))
-        .next_multiple_of(STEP);
+    let step = side.div_ceil(PIECES).max(WORK.div_ceil(across.max(1))).next_multiple_of(STEP);
     (0..side)
         .step_by(step)
         .map(|start| {
             let len = step.min(side - start);
             if rows >= cols {
-                Tile {
-                    row: start,
-                    rows: len,
-                    col: 0,
-                    cols,
-                }
+                Tile { row: start, rows: len, col: 0, cols }
             } else {
-                Tile {
-                    row: 0,
-                    rows,
-                    col: start,
-                    cols: len,
-                }
+                Tile { row: 0, rows, col: start, cols: len }
             }
         })
         .collect()
@@ -183,25 +147,13 @@ const STEP: usize = 48;
 
 /// # Safety
 /// `out` points to the whole of a checked `c`, and nobody else touches the tile.
-unsafe fn product(
-    out: &SharedMut<f32>,
-    stride: usize,
-    tile: Tile,
-    into: Into,
-    alpha: f32,
-    a: View,
-    b: View,
-) {
+unsafe fn product(out: &SharedMut<f32>, stride: usize, tile: Tile, into: Into, alpha: f32, a: View, b: View) {
     if tile.rows == 0 || tile.cols == 0 {
         return;
     }
     let (a, b) = (
-        &a.data
-            .get(tile.row * a.row_stride..)
-            .map_or(a, |data| View { data, ..a }),
-        &b.data
-            .get(tile.col * b.col_stride..)
-            .map_or(b, |data| View { data, ..b }),
+        &a.data.get(tile.row * a.row_stride..).map_or(a, |data| View { data, ..a }),
+        &b.data.get(tile.col * b.col_stride..).map_or(b, |data| View { data, ..b }),
     );
     // SAFETY: the tile lies inside `c`, whose span was checked when the view was made.
     let dst = unsafe { out.as_ptr().add(tile.row * stride + tile.col) };

@@ -50,7 +50,14 @@ pub struct Best {
 
 impl State {
     /// A state of this version.
-    pub fn new(step: u64, tokens: u64, elapsed: f64, data: serde_json::Value, best: Option<Best>, config: TrainConfig) -> Self {
+    pub fn new(
+        step: u64,
+        tokens: u64,
+        elapsed: f64,
+        data: serde_json::Value,
+        best: Option<Best>,
+        config: TrainConfig,
+    ) -> Self {
         Self { format: FORMAT, step, tokens, elapsed, data, best, config }
     }
 }
@@ -85,7 +92,9 @@ impl Checkpoints {
         let mut steps = Vec::new();
         for entry in entries {
             let name = entry.map_err(|e| TrainError::read(&self.folder, e))?.file_name();
-            steps.extend(name.to_str().and_then(|n| n.strip_prefix("step-")).and_then(|n| n.parse::<u64>().ok()));
+            steps.extend(
+                name.to_str().and_then(|n| n.strip_prefix("step-")).and_then(|n| n.parse::<u64>().ok()),
+            );
         }
         steps.sort_unstable();
         Ok(steps)
@@ -95,7 +104,13 @@ impl Checkpoints {
     ///
     /// # Errors
     /// When something cannot be written; an unfinished folder never has a checkpoint's name.
-    pub fn save(&self, state: &State, params: &Params, optimizer: &AdamW, keep: usize) -> Result<PathBuf, TrainError> {
+    pub fn save(
+        &self,
+        state: &State,
+        params: &Params,
+        optimizer: &AdamW,
+        keep: usize,
+    ) -> Result<PathBuf, TrainError> {
         let target = self.path(state.step);
         let temporary = self.folder.join(format!(".step-{:08}.{}.tmp", state.step, std::process::id()));
         let written = write(&temporary, state, params, optimizer).and_then(|()| {
@@ -184,7 +199,8 @@ impl Checkpoint {
     pub fn read(folder: &Path) -> Result<Self, TrainError> {
         let path = folder.join(STATE);
         let text = std::fs::read(&path).map_err(|e| TrainError::read(&path, e))?;
-        let state: State = serde_json::from_slice(&text).map_err(|e| TrainError::file(&path, e.to_string()))?;
+        let state: State =
+            serde_json::from_slice(&text).map_err(|e| TrainError::file(&path, e.to_string()))?;
         if state.format != FORMAT {
             let what = format!("is of checkpoint format {}, but this version reads {FORMAT}", state.format);
             return Err(TrainError::file(&path, what));
@@ -213,7 +229,8 @@ impl Checkpoint {
         match self.tensors.remove(&name) {
             Some((found, values)) if found == shape => Ok(values),
             Some((found, _)) => {
-                let what = format!("tensor `{name}` has shape {found:?}, but the run's model asks for {shape:?}");
+                let what =
+                    format!("tensor `{name}` has shape {found:?}, but the run's model asks for {shape:?}");
                 Err(TrainError::file(&self.path, what))
             }
             None => Err(TrainError::file(&self.path, format!("tensor `{name}` is missing"))),

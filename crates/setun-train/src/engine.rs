@@ -96,10 +96,39 @@ pub(crate) fn rows_per_chunk(width: usize) -> usize {
 
 /// Runs `f` compiled for the widest vectors of this CPU; loops inside it are vectorised by the compiler.
 ///
-/// What is called inside must be `#[inline(always)]`, else it keeps the baseline instruction set.
+/// The closure and what it calls must be `#[inline(always)]`, else they keep the baseline instruction set: write loops,
+/// not `for_each`.
 #[inline(always)]
 pub(crate) fn vectorised<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
+}
+
+/// `sum += x`, element by element.
+pub(crate) fn add_assign(sum: &mut [f32], x: &[f32]) {
+    vectorised(
+        #[inline(always)]
+        || {
+            for (sum, x) in sum.iter_mut().zip(x) {
+                *sum += x;
+            }
+        },
+    );
+}
+
+/// `x -= by`, inside [`vectorised`].
+#[inline(always)]
+pub(crate) fn subtract(x: &mut [f32], by: f32) {
+    for x in x {
+        *x -= by;
+    }
+}
+
+/// `x *= by`, inside [`vectorised`].
+#[inline(always)]
+pub(crate) fn multiply(x: &mut [f32], by: f32) {
+    for x in x {
+        *x *= by;
+    }
 }
 
 /// Lanes of a reduction: its order is fixed, whatever the hardware's width.

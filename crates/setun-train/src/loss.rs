@@ -2,7 +2,7 @@
 
 use setun_kernels::gemm::{Into, View, ViewMut, gemm_on};
 
-use crate::engine::{Floats, LANES, sum2, vectorised};
+use crate::engine::{Floats, LANES, multiply, subtract, sum2, vectorised};
 use crate::params::ParamId;
 use crate::tape::{Tape, Var};
 
@@ -66,7 +66,14 @@ impl Tape<'_> {
             let slopes = View::new(logits, count, vocab, vocab);
             let dx = ViewMut::new(&mut grad[rows.start * width..rows.end * width], count, width, width);
             gemm_on(pool, dx, Into::Set, 1.0, slopes, table);
-            gemm_on(pool, ViewMut::new(self.param_grad(head), vocab, width, width), Into::Add, 1.0, slopes.t(), x);
+            gemm_on(
+                pool,
+                ViewMut::new(self.param_grad(head), vocab, width, width),
+                Into::Add,
+                1.0,
+                slopes.t(),
+                x,
+            );
         }
         if let Some(grad) = grad {
             self.give(hidden.id(), grad);
@@ -82,18 +89,24 @@ fn token(kernels: &setun_kernels::Kernels, row: &mut [f32], target: u32, weight:
         return 0.0;
     }
     let logit = row.get(target as usize).copied().unwrap_or(f32::NEG_INFINITY);
-    let top = vectorised(|| {
-        let top = largest(row);
-        row.iter_mut().for_each(|x| *x -= top);
-        top
-    });
+    let top = vectorised(
+        #[inline(always)]
+        || {
+            let top = largest(row);
+            subtract(row, top);
+            top
+        },
+    );
     kernels.exp_in_place(row);
-    let sum = vectorised(|| {
-        let sum = sum2(row, row, |a, _| a);
-        let factor = weight / sum;
-        row.iter_mut().for_each(|p| *p *= factor);
-        sum
-    });
+    let sum = vectorised(
+        #[inline(always)]
+        || {
+            let sum = sum2(row, row, |a, _| a);
+            let factor = weight / sum;
+            multiply(row, factor);
+            sum
+        },
+    );
     if let Some(p) = row.get_mut(target as usize) {
         *p -= weight;
     }

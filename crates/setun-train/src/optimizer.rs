@@ -78,14 +78,17 @@ struct Rule {
 impl Rule {
     fn apply(self, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
         let Self { scale, b1, b2, c1, c2, rate, eps, keep } = self;
-        vectorised(|| {
-            for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
-                let g = g * scale;
-                *m = b1 * *m + c1 * g;
-                *v = b2 * *v + c2 * g * g;
-                *w = *w * keep - rate * *m / (v.sqrt() + eps);
-            }
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
+                    let g = g * scale;
+                    *m = b1 * *m + c1 * g;
+                    *v = b2 * *v + c2 * g * g;
+                    *w = *w * keep - rate * *m / (v.sqrt() + eps);
+                }
+            },
+        );
     }
 }
 
@@ -94,7 +97,10 @@ fn gradient_norm(engine: &Engine, gradients: &Gradients) -> f64 {
     let chunks: Vec<&[f32]> = gradients.iter().flat_map(|g| g.chunks(CHUNK)).collect();
     let mut sums = vec![0f64; chunks.len()];
     engine.pool.run_chunks_mut(&mut sums, 1, |i, sum| {
-        sum[0] = f64::from(vectorised(|| sum2(chunks[i], chunks[i], |a, b| a * b)));
+        sum[0] = f64::from(vectorised(
+            #[inline(always)]
+            || sum2(chunks[i], chunks[i], |a, b| a * b),
+        ));
     });
     sums.iter().sum::<f64>().sqrt()
 }
@@ -146,7 +152,8 @@ mod tests {
         let settings = OptimizerSection { clip: 1.0, ..OptimizerSection::default() };
         let mut optimizer = AdamW::new(&settings, &params);
         let gradients = gradients(&params, &[3.0, 4.0]);
-        let norm = optimizer.step(&Engine::new(1), &mut params, &gradients, Rates { lr: 0.01, weight_decay: 0.0 });
+        let norm =
+            optimizer.step(&Engine::new(1), &mut params, &gradients, Rates { lr: 0.01, weight_decay: 0.0 });
         assert_eq!(norm, 5.0);
         let m = &optimizer.moments[0][0];
         assert!((m[0] - 0.06).abs() < 1e-7 && (m[1] - 0.08).abs() < 1e-7, "{m:?}");
@@ -158,7 +165,8 @@ mod tests {
         let mut optimizer = AdamW::new(&OptimizerSection::default(), &params);
         let before = (params.clone(), optimizer.clone());
         let gradients = gradients(&params, &[f32::NAN, 1.0]);
-        let norm = optimizer.step(&Engine::new(1), &mut params, &gradients, Rates { lr: 0.1, weight_decay: 0.0 });
+        let norm =
+            optimizer.step(&Engine::new(1), &mut params, &gradients, Rates { lr: 0.1, weight_decay: 0.0 });
         assert!(!norm.is_finite());
         assert_eq!((params, optimizer), before);
     }

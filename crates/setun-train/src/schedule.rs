@@ -38,7 +38,9 @@ pub fn rates(settings: &OptimizerSection, step: u64, total: u64) -> Rates {
     let linear = |high: f64, low: f64, way: f64| high + (low - high) * way;
     let lr = match settings.schedule {
         ScheduleKind::Constant => lr,
-        ScheduleKind::Cosine => linear(floor, lr, (1.0 + (std::f64::consts::PI * way(warmup as f64)).cos()) / 2.0),
+        ScheduleKind::Cosine => {
+            linear(floor, lr, (1.0 + (std::f64::consts::PI * way(warmup as f64)).cos()) / 2.0)
+        }
         ScheduleKind::TwoStage if second_stage => {
             let from = (settings.switch * total as f64).ceil().max(warmup as f64);
             linear(settings.second_lr(), floor, way(from))

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use setun::config::{Activation, RopeTable};
 use setun::ops::{Attention, Linear, Ops};
 
-use crate::engine::{CHUNK, Engine, Floats, vectorised};
+use crate::engine::{CHUNK, Engine, Floats, add_assign};
 use crate::params::{ParamId, Params};
 use crate::weights::Weights;
 
@@ -205,7 +205,7 @@ impl<'a> Tape<'a> {
             return;
         };
         self.on.engine.pool.run_chunks_mut(&mut sum, CHUNK, |i, sum| {
-            vectorised(|| sum.iter_mut().zip(&grad[i * CHUNK..]).for_each(|(s, g)| *s += g));
+            add_assign(sum, &grad[i * CHUNK..]);
         });
         self.slots[var] = Some(Arc::new(sum));
     }

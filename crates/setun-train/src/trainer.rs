@@ -88,7 +88,11 @@ impl Trainer {
         if let Some(step) = Checkpoints::of(&config.train.out).steps()?.last() {
             let out = config.train.out.display();
             let found = format!("{out}, which holds a checkpoint after step {step}");
-            return Err(TrainError::setting("train.out", found, "an empty folder, unless that run is to be resumed"));
+            return Err(TrainError::setting(
+                "train.out",
+                found,
+                "an empty folder, unless that run is to be resumed",
+            ));
         }
         Self::start(config, None)
     }

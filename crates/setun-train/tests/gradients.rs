@@ -72,7 +72,12 @@ fn check(
                 (side(H) - side(-H)) / f64::from(2.0 * H)
             })
             .collect();
-        common::assert_close(&format!("{name}, {}", bench.params[id].name), gradients.get(id), &numeric, 3e-3);
+        common::assert_close(
+            &format!("{name}, {}", bench.params[id].name),
+            gradients.get(id),
+            &numeric,
+            3e-3,
+        );
     }
 }
 
@@ -117,9 +122,14 @@ fn rope_goes_back_by_the_opposite_rotation() {
 
 #[test]
 fn attention_has_the_gradient_of_its_formula_with_groups_and_windows() {
-    for (heads, kv_heads, window, seq_len) in
-        [(2, 2, None, 5), (4, 2, None, 7), (2, 1, Some(3), 9), (1, 1, Some(1), 4), (1, 1, None, 70), (1, 1, Some(4), 70)]
-    {
+    for (heads, kv_heads, window, seq_len) in [
+        (2, 2, None, 5),
+        (4, 2, None, 7),
+        (2, 1, Some(3), 9),
+        (1, 1, Some(1), 4),
+        (1, 1, None, 70),
+        (1, 1, Some(4), 70),
+    ] {
         let shape = Attention { layer: 0, heads, kv_heads, head_dim: 4, scale: 0.7, window };
         let widths = [heads * 4, kv_heads * 4, kv_heads * 4];
         check(&format!("attention {shape:?}"), &mut Bench::new(2), [2, seq_len], &widths, |tape, x| {

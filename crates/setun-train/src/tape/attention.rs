@@ -10,7 +10,7 @@ use setun::ops::Attention;
 use setun_kernels::gemm::{Into, View, ViewMut, gemm};
 
 use super::{Tape, Var};
-use crate::engine::{sum2, vectorised};
+use crate::engine::{multiply, subtract, sum2, vectorised};
 use crate::loss::largest;
 
 /// Queries that share one product with the keys.
@@ -59,7 +59,13 @@ impl Heads {
         View::new(&data[rows.start * width + column..], rows.len(), self.shape.head_dim, width)
     }
 
-    fn view_mut<'a>(&self, data: &'a mut [f32], rows: Range<usize>, width: usize, column: usize) -> ViewMut<'a> {
+    fn view_mut<'a>(
+        &self,
+        data: &'a mut [f32],
+        rows: Range<usize>,
+        width: usize,
+        column: usize,
+    ) -> ViewMut<'a> {
         ViewMut::new(&mut data[rows.start * width + column..], rows.len(), self.shape.head_dim, width)
     }
 }
@@ -122,8 +128,10 @@ fn forward(
         let (column, kv_column) = heads.columns(h);
         for (queries, keys) in heads.blocks() {
             let (rows, cols) = (queries.len(), keys.len());
-            let (key, value) =
-                (heads.view(k, keys.clone(), narrow, kv_column), heads.view(v, keys.clone(), narrow, kv_column));
+            let (key, value) = (
+                heads.view(k, keys.clone(), narrow, kv_column),
+                heads.view(v, keys.clone(), narrow, kv_column),
+            );
             let query = heads.view(q, queries.clone(), wide, column);
             gemm(ViewMut::new(&mut scores, rows, cols, cols), Into::Set, heads.shape.scale, query, key.t());
             for (i, row) in queries.clone().zip(scores.chunks_exact_mut(cols)) {
@@ -131,18 +139,24 @@ fn forward(
                 row[..seen.start].fill(0.0);
                 row[seen.end..].fill(0.0);
                 let row = &mut row[seen];
-                let top = vectorised(|| {
-                    let top = largest(row);
-                    row.iter_mut().for_each(|s| *s -= top);
-                    top
-                });
+                let top = vectorised(
+                    #[inline(always)]
+                    || {
+                        let top = largest(row);
+                        subtract(row, top);
+                        top
+                    },
+                );
                 kernels.exp_in_place(row);
-                let sum = vectorised(|| {
-                    let sum = sum2(row, row, |a, _| a);
-                    let inverse = 1.0 / sum;
-                    row.iter_mut().for_each(|p| *p *= inverse);
-                    sum
-                });
+                let sum = vectorised(
+                    #[inline(always)]
+                    || {
+                        let sum = sum2(row, row, |a, _| a);
+                        let inverse = 1.0 / sum;
+                        multiply(row, inverse);
+                        sum
+                    },
+                );
                 lse[i] = top + sum.ln();
             }
             let mixed = heads.view_mut(out, queries, wide, column);
@@ -194,13 +208,21 @@ fn backward(
                     row[seen.end..].fill(0.0);
                 }
                 let (p, ds) = (&mut p[seen.clone()], &mut ds[seen]);
-                vectorised(|| p.iter_mut().for_each(|s| *s -= lse[i]));
+                vectorised(
+                    #[inline(always)]
+                    || subtract(p, lse[i]),
+                );
                 kernels.exp_in_place(p);
                 let at = i * wide + column;
-                vectorised(|| {
-                    let d = sum2(&grad[at..at + dim], &saved.out[at..at + dim], |a, b| a * b);
-                    ds.iter_mut().zip(&*p).for_each(|(ds, p)| *ds = p * (*ds - d));
-                });
+                vectorised(
+                    #[inline(always)]
+                    || {
+                        let d = sum2(&grad[at..at + dim], &saved.out[at..at + dim], |a, b| a * b);
+                        for (ds, p) in ds.iter_mut().zip(&*p) {
+                            *ds = p * (*ds - d);
+                        }
+                    },
+                );
             }
             let (p, ds) = (View::new(&probabilities, rows, cols, cols), View::new(&slopes, rows, cols, cols));
             gemm(heads.view_mut(dv, keys.clone(), narrow, kv_column), Into::Add, 1.0, p.t(), out);

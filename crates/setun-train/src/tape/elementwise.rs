@@ -107,27 +107,35 @@ fn silu_back(kernels: &setun_kernels::Kernels, gate: &mut [f32], up: &mut [f32],
     let mut e = [0f32; BLOCK];
     for ((gate, up), grad) in gate.chunks_mut(BLOCK).zip(up.chunks_mut(BLOCK)).zip(grad.chunks(BLOCK)) {
         let e = &mut e[..gate.len()];
-        e.iter_mut().zip(&*gate).for_each(|(e, x)| *e = -x);
+        for (e, x) in e.iter_mut().zip(&*gate) {
+            *e = -x;
+        }
         kernels.exp_in_place(e);
-        vectorised(|| {
-            for (((gate, up), g), e) in gate.iter_mut().zip(up).zip(grad).zip(&*e) {
-                let (x, u, s) = (*gate, *up, 1.0 / (1.0 + e));
-                *gate = g * u * s * (1.0 + x * (1.0 - s));
-                *up = g * x * s;
-            }
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                for (((gate, up), g), e) in gate.iter_mut().zip(up).zip(grad).zip(&*e) {
+                    let (x, u, s) = (*gate, *up, 1.0 / (1.0 + e));
+                    *gate = g * u * s * (1.0 + x * (1.0 - s));
+                    *up = g * x * s;
+                }
+            },
+        );
     }
 }
 
 /// With `r = max(gate, 0)`: `dgate = 2 · g · r · up`, `dup = g · r²`.
 fn relu2_back(gate: &mut [f32], up: &mut [f32], grad: &[f32]) {
-    vectorised(|| {
-        for ((gate, up), g) in gate.iter_mut().zip(up).zip(grad) {
-            let r = gate.max(0.0);
-            *gate = 2.0 * g * r * *up;
-            *up = g * r * r;
-        }
-    });
+    vectorised(
+        #[inline(always)]
+        || {
+            for ((gate, up), g) in gate.iter_mut().zip(up).zip(grad) {
+                let r = gate.max(0.0);
+                *gate = 2.0 * g * r * *up;
+                *up = g * r * r;
+            }
+        },
+    );
 }
 
 /// Column sums of `[tokens, width]`, as partial sums `[chunks, width]` still to be added up: gradient of a bias.
@@ -136,12 +144,17 @@ pub(super) fn column_sums(engine: &Engine, grad: &[f32], width: usize) -> Floats
     let mut partial = engine.scratch(grad.len().div_ceil(rows * width) * width);
     engine.pool.run_chunks_mut(&mut partial, width, |i, partial| {
         let grad = &grad[i * rows * width..];
-        vectorised(|| {
-            partial.fill(0.0);
-            for row in grad.chunks_exact(width).take(rows) {
-                partial.iter_mut().zip(row).for_each(|(p, g)| *p += g);
-            }
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                partial.fill(0.0);
+                for row in grad.chunks_exact(width).take(rows) {
+                    for (p, g) in partial.iter_mut().zip(row) {
+                        *p += g;
+                    }
+                }
+            },
+        );
     });
     partial
 }

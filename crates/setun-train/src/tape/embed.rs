@@ -1,7 +1,7 @@
 //! The embedding: rows picked forwards, added up backwards.
 
 use super::{Tape, Var};
-use crate::engine::{rows_per_chunk, vectorised};
+use crate::engine::{add_assign, rows_per_chunk};
 use crate::params::ParamId;
 
 impl Tape<'_> {
@@ -34,7 +34,7 @@ impl Tape<'_> {
                 for (grad, &id) in grad.chunks_exact(width).zip(&ids) {
                     if own.contains(&(id as usize)) {
                         let sum = &mut sums[(id as usize - own.start) * width..][..width];
-                        vectorised(|| sum.iter_mut().zip(grad).for_each(|(s, g)| *s += g));
+                        add_assign(sum, grad);
                     }
                 }
             });

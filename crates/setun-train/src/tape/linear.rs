@@ -137,13 +137,18 @@ fn dequantize(engine: &Engine, x: &Activations) -> Floats {
     let mut dense = engine.scratch(x.tokens() * width);
     let rows = rows_per_chunk(width);
     engine.pool.run_chunks_mut(&mut dense, rows * width, |i, dense| {
-        vectorised(|| {
-            for (row, out) in dense.chunks_exact_mut(width).enumerate() {
-                let token = i * rows + row;
-                let inverse = x.inverse(token);
-                out.iter_mut().zip(x.row(token)).for_each(|(out, &q)| *out = f32::from(q) * inverse);
-            }
-        });
+        vectorised(
+            #[inline(always)]
+            || {
+                for (row, out) in dense.chunks_exact_mut(width).enumerate() {
+                    let token = i * rows + row;
+                    let inverse = x.inverse(token);
+                    for (out, &q) in out.iter_mut().zip(x.row(token)) {
+                        *out = f32::from(q) * inverse;
+                    }
+                }
+            },
+        );
     });
     dense
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{Tape, Var};
-use crate::engine::{Floats, fold, rows_per_chunk, sum2, vectorised};
+use crate::engine::{Floats, add_assign, fold, rows_per_chunk, sum2, vectorised};
 use crate::params::ParamId;
 
 impl Tape<'_> {
@@ -41,12 +41,15 @@ impl Tape<'_> {
         let items = g.chunks_mut(rows * width).zip(partial.chunks_exact_mut(width)).collect();
         on.engine.pool.run_items(items, |i, (g, dw): (&mut [f32], &mut [f32])| {
             let x = &x[i * rows * width..];
-            vectorised(|| {
-                dw.fill(0.0);
-                for (g, x) in g.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                    row_back(g, x, w, dw, eps);
-                }
-            });
+            vectorised(
+                #[inline(always)]
+                || {
+                    dw.fill(0.0);
+                    for (g, x) in g.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+                        row_back(g, x, w, dw, eps);
+                    }
+                },
+            );
         });
         add_rows(self.param_grad(weight), &partial);
         g
@@ -76,6 +79,6 @@ fn row_back(g: &mut [f32], x: &[f32], w: &[f32], dw: &mut [f32], eps: f32) {
 /// `sum += Σ rows`, in the order of the rows.
 pub(super) fn add_rows(sum: &mut [f32], rows: &[f32]) {
     for row in rows.chunks_exact(sum.len().max(1)) {
-        vectorised(|| sum.iter_mut().zip(row).for_each(|(s, r)| *s += r));
+        add_assign(sum, row);
     }
 }

@@ -99,6 +99,9 @@ pub fn assert_close(what: &str, found: &[f32], expected: &[f64], tolerance: f64)
     let largest = expected.iter().fold(0f64, |m, x| m.max(x.abs()));
     for (i, (f, e)) in found.iter().zip(expected).enumerate() {
         let error = (f64::from(*f) - e).abs();
-        assert!(error <= tolerance * largest + 1e-9, "{what}: [{i}] is {f}, expected {e} (largest {largest})");
+        assert!(
+            error <= tolerance * largest + 1e-9,
+            "{what}: [{i}] is {f}, expected {e} (largest {largest})"
+        );
     }
 }
