@@ -21,3 +21,4 @@ pub mod generate;
 pub mod stop;
 pub mod inspect;
 pub mod eval;
+pub mod convert;

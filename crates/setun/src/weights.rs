@@ -77,6 +77,17 @@ impl<'a> Weights<'a> {
         Ok(values)
     }
 
+    /// Whether [`Weights::matrix`] gives `name` as ternary; decided without reading its data.
+    pub(crate) fn is_ternary(&self, name: &str, role: Role) -> bool {
+        let (Role::Ternary, Numerics::Ternary(ternary)) = (role, &self.config.numerics) else { return false };
+        let stored = self.stored_name(name);
+        let scale = format!("{}.scale", stored.trim_end_matches(".weight"));
+        ternary.storage != Storage::SelfDescribed
+            || self.config.sub_norms
+            || self.file.info(&stored).is_some_and(|info| info.encoding.is_ternary())
+            || self.file.info(&scale).is_some()
+    }
+
     fn ternary(
         &self,
         tensor: &Tensor,

@@ -41,12 +41,13 @@ impl Tokenizer {
                 Self::of(&Checkpoint::open(path)?)
             };
         }
-        let mut start = [0; 4];
+        let mut start = [0; 64];
         let read = std::fs::File::open(path).and_then(|mut f| std::io::Read::read(&mut f, &mut start));
         let read = read.map_err(|source| ModelError::read(path, source))?;
         match &start[..read] {
-            magic if magic == gguf::MAGIC => Self::of(&Checkpoint::open(path)?),
-            [b'{' | b' ' | b'\n' | b'\r' | b'\t', ..] => Self::from_json_file(path),
+            magic if magic.starts_with(gguf::MAGIC) => Self::of(&Checkpoint::open(path)?),
+            // A SentencePiece model begins with a line feed too: the tag of its first field.
+            text if text.trim_ascii_start().starts_with(b"{") => Self::from_json_file(path),
             _ => {
                 let bytes = std::fs::read(path).map_err(|source| ModelError::read(path, source))?;
                 Self::from_sentencepiece(&bytes).map_err(|error| in_file(path, error))

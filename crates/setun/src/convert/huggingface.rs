@@ -1,0 +1,204 @@
+//! A Hugging Face folder: `model.safetensors`, `config.json` and the tokenizer's files.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::Job;
+use super::plan::{Item, Part, Planned};
+use crate::config::{Exceptions, ModelConfig, Numerics, RopeScaling, Storage, Ternary};
+use crate::error::ModelError;
+use crate::format::{CheckpointKind, Encoding, ScaleConvention, TensorSpec};
+use crate::tokenizer::Tokenizer;
+
+/// Files that belong to a model and say nothing about how its weights are stored.
+const COMPANIONS: [&str; 12] = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+];
+
+/// The tensors, and what the scales beside packed ones mean.
+pub(super) fn items(job: &Job) -> Result<(Vec<Item>, ScaleConvention), ModelError> {
+    // What config.json cannot say is refused before anything is written.
+    config(job, ScaleConvention::Multiply)?;
+    let mut items = Vec::with_capacity(job.planned.len() * 2);
+    for (index, planned) in job.planned.iter().enumerate() {
+        let spec = |name: String, shape: Vec<usize>, encoding| TensorSpec { name, shape, encoding };
+        let mut put = |spec, part| items.push(Item { spec, part, interleave: None });
+        let name = planned.name.clone();
+        match (planned.role, planned.ternary) {
+            (Some(_), true) => {
+                let (rows, cols) = (planned.shape[0], planned.shape[1]);
+                if !rows.is_multiple_of(4) {
+                    let why = format!("{rows} rows are not a multiple of 4");
+                    return Err(ModelError::CannotEncode { name, encoding: "packed uint8", why });
+                }
+                put(spec(format!("{name}_scale"), vec![1], Encoding::F32), Part::Scale(index));
+                put(spec(name, vec![rows / 4, cols], Encoding::U8), Part::Tensor(index));
+            }
+            (Some(_), false) => {
+                let encoding = job.float_type(planned);
+                put(spec(name, planned.shape.clone(), encoding), Part::Tensor(index));
+            }
+            (None, _) => {
+                put(spec(name, planned.shape.clone(), vector_type(job, planned)), Part::Tensor(index));
+            }
+        }
+    }
+    Ok((items, convention(job)))
+}
+
+/// Vectors keep their type, but a bias that a scale was multiplied into is an f32 product.
+fn vector_type(job: &Job, planned: &Planned) -> Encoding {
+    if planned.name.ends_with(".bias") && job.is_ternary() { Encoding::F32 } else { planned.own_float() }
+}
+
+fn convention(job: &Job) -> ScaleConvention {
+    let biases = job.planned.iter().any(|p| p.name.ends_with("_proj.bias"));
+    match (job.options.scales, &job.config.numerics) {
+        (Some(asked), _) => asked,
+        (None, Numerics::Ternary(Ternary { storage: Storage::Divide, .. })) => ScaleConvention::Divide,
+        (None, Numerics::Ternary(Ternary { storage: Storage::Multiply, .. })) => ScaleConvention::Multiply,
+        // Dividing leaves biases alone.
+        (None, _) if biases => ScaleConvention::Divide,
+        (None, _) => ScaleConvention::Multiply,
+    }
+}
+
+/// The configuration as the folder has it.
+fn config(job: &Job, scales: ScaleConvention) -> Result<ModelConfig, ModelError> {
+    let mut config = job.config.clone();
+    if let RopeScaling::Divisors(_) = config.rope.scaling {
+        return Err(ModelError::ConfigValue {
+            field: "rope_freqs.weight".into(),
+            found: "a list of divisors".into(),
+            expected: "absent, since a config.json has a rope_type but no such list: convert from the original folder".into(),
+        });
+    }
+    if let Numerics::Ternary(ternary) = &mut config.numerics {
+        // Layers that a GGUF file keeps in float have to be listed here, and a list replaces the default.
+        let float = |p: &&Planned| p.is_block_linear() && !p.ternary;
+        let mut listed: Vec<String> =
+            job.planned.iter().filter(float).map(|p| module(&p.name).to_owned()).collect();
+        if ternary.storage == Storage::SelfDescribed && !listed.is_empty() {
+            listed.push("lm_head".into());
+            ternary.exceptions = Some(Exceptions::new(listed)?);
+        }
+        // With no packed layer at all there is no scale, and masters say that too (a float twin's folder).
+        if job.is_ternary() {
+            ternary.storage = match scales {
+                ScaleConvention::Divide => Storage::Divide,
+                ScaleConvention::Multiply => Storage::Multiply,
+            };
+        }
+    }
+    Ok(config)
+}
+
+fn module(name: &str) -> &str {
+    name.strip_suffix(".weight").unwrap_or(name)
+}
+
+/// Writes everything but the weights. Returns whether there is a tokenizer.
+pub(super) fn write_files(
+    job: &Job,
+    folder: &Path,
+    items: &[Item],
+    scales: ScaleConvention,
+    notes: &mut Vec<String>,
+) -> Result<bool, ModelError> {
+    let mut json = config(job, scales)?.to_json();
+    json["torch_dtype"] =
+        match items.iter().find(|i| i.spec.encoding != Encoding::U8 && i.spec.shape.len() == 2) {
+            Some(Item { spec: TensorSpec { encoding: Encoding::F16, .. }, .. }) => "float16".into(),
+            Some(Item { spec: TensorSpec { encoding: Encoding::BF16, .. }, .. }) => "bfloat16".into(),
+            _ => "float32".into(),
+        };
+    write_json(&folder.join("config.json"), &json)?;
+    let source = job.file.folder().filter(|_| job.file.kind() == CheckpointKind::Safetensors);
+    if let (None, false, Some(source)) = (job.options.tokenizer, job.options.without_tokenizer, source) {
+        return copy_companions(source, folder, notes);
+    }
+    let own;
+    let tokenizer = match job.options.tokenizer {
+        _ if job.options.without_tokenizer => None,
+        Some(given) => Some(given),
+        None => match Tokenizer::of(job.file) {
+            Ok(found) => {
+                own = found;
+                Some(&own)
+            }
+            Err(ModelError::Unsupported { .. }) => None,
+            Err(error) => return Err(error),
+        },
+    };
+    let mut ends = job.config.eos.clone();
+    ends.extend(
+        tokenizer.map_or(&[][..], Tokenizer::eos_ids).iter().filter(|id| !job.config.eos.contains(id)),
+    );
+    let bos = tokenizer.and_then(Tokenizer::bos).or(job.config.bos);
+    write_json(
+        &folder.join("generation_config.json"),
+        &json!({ "bos_token_id": bos, "eos_token_id": ends }),
+    )?;
+    let Some(tokenizer) = tokenizer else {
+        notes.push("there is no tokenizer in it".into());
+        return Ok(false);
+    };
+    if tokenizer.vocab_size() > job.config.vocab_size {
+        let what = format!(
+            "it has {} entries, but the model's embedding has {} rows, so it belongs to another model",
+            tokenizer.vocab_size(),
+            job.config.vocab_size
+        );
+        return Err(ModelError::Tokenizer { what });
+    }
+    write_text(&folder.join("tokenizer.json"), &tokenizer.to_json()?)?;
+    let token = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
+    write_json(
+        &folder.join("tokenizer_config.json"),
+        &json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": token(tokenizer.bos()),
+            "eos_token": token(tokenizer.eos_ids().first().copied()),
+            "clean_up_tokenization_spaces": false,
+            "model_max_length": job.config.max_positions,
+        }),
+    )?;
+    if let Some(template) = tokenizer.chat_template() {
+        write_text(&folder.join("chat_template.jinja"), template)?;
+    }
+    Ok(true)
+}
+
+fn copy_companions(from: &Path, to: &Path, notes: &mut Vec<String>) -> Result<bool, ModelError> {
+    for name in COMPANIONS {
+        let (source, target) = (from.join(name), to.join(name));
+        if source.is_file() {
+            std::fs::copy(&source, &target).map_err(|e| ModelError::write(&target, e))?;
+        }
+    }
+    let found = ["tokenizer.json", "tokenizer.model"].iter().any(|name| to.join(name).exists());
+    if !found {
+        notes.push("there is no tokenizer in it".into());
+    }
+    Ok(found)
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<(), ModelError> {
+    write_text(path, &format!("{value:#}\n"))
+}
+
+fn write_text(path: &Path, text: &str) -> Result<(), ModelError> {
+    std::fs::write(path, text).map_err(|e| ModelError::write(path, e))
+}

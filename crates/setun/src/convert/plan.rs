@@ -1,0 +1,132 @@
+//! Which tensors a model has, and as what each is written.
+
+use crate::config::ModelConfig;
+use crate::error::ModelError;
+use crate::format::{Checkpoint, Encoding, TensorSpec};
+use crate::model::{Model, Role, Source};
+use crate::weights::Weights;
+
+/// A tensor of the model, by its canonical name, before a place for it is chosen.
+#[derive(Debug, Clone)]
+pub(super) struct Planned {
+    pub name: String,
+    /// `[rows, cols]`, or `[len]`.
+    pub shape: Vec<usize>,
+    /// `None` for vectors: norms and biases.
+    pub role: Option<Role>,
+    /// Whether it is read as ternary.
+    pub ternary: bool,
+    /// The type its floats have in the file; F32 where a reader makes them up.
+    pub stored: Encoding,
+    /// Bytes it takes in the file.
+    pub bytes: usize,
+}
+
+impl Planned {
+    /// A linear layer inside a block, as against the embedding, the head and vectors.
+    pub(super) fn is_block_linear(&self) -> bool {
+        matches!(self.role, Some(Role::Ternary | Role::Float)) && self.name.starts_with("model.layers.")
+    }
+
+    /// The type that keeps its floats: its own where containers have it, F32 otherwise.
+    pub(super) fn own_float(&self) -> Encoding {
+        match &self.stored {
+            own @ (Encoding::F16 | Encoding::BF16) => own.clone(),
+            _ => Encoding::F32,
+        }
+    }
+}
+
+/// Every tensor that `config` asks for, in the order of the forward pass. [`Model::build`] is the one table of them.
+pub(super) fn tensors(file: &Checkpoint, config: &ModelConfig) -> Result<Vec<Planned>, ModelError> {
+    let mut collector = Collector { file, weights: Weights::new(file, config), planned: Vec::new() };
+    Model::build(config.clone(), &mut collector)?;
+    Ok(collector.planned)
+}
+
+struct Collector<'a> {
+    file: &'a Checkpoint,
+    weights: Weights<'a>,
+    planned: Vec<Planned>,
+}
+
+impl Collector<'_> {
+    fn note(&mut self, name: &str, shape: Vec<usize>, role: Option<Role>) {
+        let info = self.file.info(&self.weights.stored_name(name));
+        self.planned.push(Planned {
+            name: name.to_owned(),
+            shape,
+            role,
+            ternary: role.is_some_and(|role| self.weights.is_ternary(name, role)),
+            stored: info.map_or(Encoding::F32, |i| i.encoding.clone()),
+            bytes: info.map_or(0, |i| i.stored_bytes()),
+        });
+    }
+}
+
+impl Source for Collector<'_> {
+    type Matrix = ();
+    type Vector = ();
+
+    fn matrix(&mut self, name: &str, rows: usize, cols: usize, role: Role) -> Result<(), ModelError> {
+        self.note(name, vec![rows, cols], Some(role));
+        Ok(())
+    }
+
+    fn vector(&mut self, name: &str, len: usize) -> Result<(), ModelError> {
+        self.note(name, vec![len], None);
+        Ok(())
+    }
+}
+
+/// What the bytes of an output tensor are made from.
+#[derive(Debug, Clone)]
+pub(super) enum Part {
+    /// The planned tensor at this index.
+    Tensor(usize),
+    /// The `weight_scale` beside the packed tensor at this index.
+    Scale(usize),
+    /// Values that no input tensor holds.
+    Given(Vec<f32>),
+}
+
+/// One tensor of the output.
+#[derive(Debug, Clone)]
+pub(super) struct Item {
+    pub spec: TensorSpec,
+    pub part: Part,
+    /// Heads whose rows go into neighbouring-pair order.
+    pub interleave: Option<usize>,
+}
+
+/// Puts the rows of each head from split halves into neighbouring pairs: rows `j` and `j + d/2` become `2j` and
+/// `2j + 1`. `tail` bytes after the rows stay where they are.
+pub(super) fn interleave(bytes: &[u8], rows: usize, heads: usize, tail: usize) -> Vec<u8> {
+    let row_bytes = (bytes.len() - tail) / rows;
+    let d = rows / heads;
+    let mut out = Vec::with_capacity(bytes.len());
+    for row in 0..rows {
+        let (head, at) = (row / d, row % d);
+        let from = head * d + at / 2 + at % 2 * (d / 2);
+        out.extend_from_slice(&bytes[from * row_bytes..][..row_bytes]);
+    }
+    out.extend_from_slice(&bytes[rows * row_bytes..]);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::split_pair_rows;
+
+    #[test]
+    fn interleaving_is_undone_by_the_reader_of_gguf() {
+        let (heads, rows, width) = (3, 24, 2);
+        let bytes: Vec<u8> = (0..rows * width + 5).map(|i| i as u8).collect();
+        let stored = interleave(&bytes, rows, heads, 5);
+        let back: Vec<u8> = split_pair_rows(heads, rows, width).map(|i| stored[i]).collect();
+        assert_eq!(back, bytes[..rows * width]);
+        assert_eq!(stored[rows * width..], bytes[rows * width..]);
+        assert_ne!(stored, bytes);
+    }
+}
