@@ -1,64 +1,11 @@
 //! A killed run goes on to the identical next step.
 
-use std::fmt::Write;
-use std::path::Path;
+mod common;
 
+use common::{run_config as config, write_corpus};
 use setun_train::checkpoint::Checkpoints;
-use setun_train::config::TrainConfig;
 use setun_train::error::TrainError;
 use setun_train::trainer::{Progress, StepReport, Trainer};
-
-fn write_corpus(folder: &Path) {
-    let words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "birds", "in", "red", "tree"];
-    for (file, documents) in [("train.txt", 60), ("valid.txt", 6)] {
-        let mut text = String::new();
-        for document in 0..documents {
-            for word in 0..40 {
-                let pick = (document * 7 + word * word * 3 + word * document) % words.len();
-                write!(text, "{} ", words[pick]).unwrap();
-            }
-            text.push_str("\n<|endoftext|>\n");
-        }
-        std::fs::write(folder.join(file), text).unwrap();
-    }
-}
-
-fn config(folder: &Path, precision: &str, out: &str, steps: u64) -> TrainConfig {
-    let text = format!(
-        r#"
-        [model]
-        vocab_size = 300
-        hidden_size = 32
-        intermediate_size = 48
-        num_layers = 2
-        heads = 2
-        max_positions = 64
-        precision = "{precision}"
-        [data]
-        seq_len = 24
-        cache = "tokens"
-        [[data.sources]]
-        name = "train"
-        path = "train.txt"
-        [[data.valid]]
-        name = "valid"
-        path = "valid.txt"
-        [optimizer]
-        lr = 0.01
-        warmup_steps = 2
-        [train]
-        steps = {steps}
-        batch = 3
-        accumulation = 2
-        threads = 2
-        checkpoint_every = 3
-        eval_every = 0
-        log_every = 1
-        out = "{out}"
-        "#
-    );
-    TrainConfig::parse(&text, folder).unwrap()
-}
 
 fn bits(trainer: &Trainer) -> Vec<Vec<u32>> {
     trainer.params().iter().map(|p| p.values.iter().map(|x| x.to_bits()).collect()).collect()
