@@ -364,10 +364,10 @@ pub(super) fn write(tokenizer: &Tokenizer) -> Result<Vec<(String, Value)>, Model
     match &tokenizer.engine {
         Engine::Spm(spm) => {
             let bpe = spm.rules.algorithm == Algorithm::Bpe;
-            if bpe && (spm.rules.charsmap.is_some() || spm.rules.remove_extra_whitespaces) {
-                let what =
-                    "GGUF's `llama` vocabularies know no character map and no removal of spaces";
-                return Err(refused(what));
+            if bpe && spm.rules.charsmap.is_some() {
+                return Err(refused(
+                    "it maps characters, which GGUF's `llama` vocabularies cannot say",
+                ));
             }
             let model = if bpe { "llama" } else { "t5" };
             put(MODEL, Value::String(model.to_owned()));
@@ -386,7 +386,8 @@ pub(super) fn write(tokenizer: &Tokenizer) -> Result<Vec<(String, Value)>, Model
                 )),
             );
             put(ADD_SPACE_PREFIX, Value::Bool(spm.rules.add_prefix));
-            if !bpe {
+            // Programs that do not know the key in a `llama` vocabulary differ on repeated spaces only.
+            if !bpe || spm.rules.remove_extra_whitespaces {
                 put(
                     REMOVE_WHITESPACES,
                     Value::Bool(spm.rules.remove_extra_whitespaces),
