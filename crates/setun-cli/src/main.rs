@@ -1,8 +1,11 @@
 //! The `setun` command: one file per subcommand, each only wiring the library to flags and output.
 
 mod bench;
+mod convert;
 mod default_model;
+mod eval;
 mod info;
+mod interrupt;
 mod logits;
 mod memory;
 mod model;
@@ -10,6 +13,7 @@ mod output;
 mod progress;
 mod run;
 mod tokenize;
+mod train;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -32,8 +36,11 @@ enum Command {
     Run(run::RunArgs),
     Info(info::InfoArgs),
     Logits(logits::LogitsArgs),
+    Convert(convert::ConvertArgs),
     Tokenize(tokenize::TokenizeArgs),
+    Eval(eval::EvalArgs),
     Bench(bench::BenchArgs),
+    Train(train::TrainArgs),
 }
 
 /// Arguments that clap accepts but that contradict each other: exit code 2.
@@ -55,8 +62,11 @@ fn main() -> ExitCode {
         Some(Command::Run(args)) => run::run(args, started),
         Some(Command::Info(args)) => info::info(args),
         Some(Command::Logits(args)) => logits::logits(args),
+        Some(Command::Convert(args)) => convert::convert(args),
         Some(Command::Tokenize(args)) => tokenize::tokenize(args),
+        Some(Command::Eval(args)) => eval::eval(args),
         Some(Command::Bench(args)) => bench::bench(args),
+        Some(Command::Train(args)) => train::train(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -11,3 +11,20 @@ pub fn spinner() -> ProgressBar {
     bar.enable_steady_tick(Duration::from_millis(200));
     bar
 }
+
+/// A bar of steps with rate and time left; `done` of them were done before.
+pub fn steps(done: u64, total: u64) -> ProgressBar {
+    let bar = ProgressBar::new(total).with_position(done);
+    let template = "{wide_bar:.cyan} {pos}/{len} steps, {msg} [{elapsed} < {eta}]";
+    bar.set_style(ProgressStyle::with_template(template).expect("a valid template"));
+    bar.reset_eta(); // Earlier steps took no time of this session.
+    bar
+}
+
+/// A bar of bytes with rate and time left; the total is set when it is known.
+pub fn bytes() -> ProgressBar {
+    let bar = ProgressBar::new(0);
+    let template = "{wide_bar:.cyan} {bytes}/{total_bytes} {bytes_per_sec}, {msg} [{elapsed} < {eta}]";
+    bar.set_style(ProgressStyle::with_template(template).expect("a valid template"));
+    bar
+}

@@ -1,8 +1,6 @@
 //! The conversation at the terminal.
 
 use std::io::{BufRead, Write};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use setun::chat::{Message, encode_chat};
@@ -11,6 +9,7 @@ use setun::generate::Stop;
 use setun::sampler::{Sampler, Sampling};
 
 use super::Speaker;
+use crate::interrupt::Interrupt;
 use crate::output;
 
 const HELP: &str = "/reset  forget the conversation
@@ -65,6 +64,8 @@ pub fn converse(speaker: Speaker, mut session: Session, sampling: Sampling) -> R
         interrupt.end();
         let told = told?;
         output::print("\n")?;
+        let (new, rate) = (told.report.new_ids.len(), output::rate(told.report.decode_rate()));
+        eprintln!("({new} tokens at {rate} tok/s)");
         if told.report.stop == Stop::ContextFull {
             eprintln!("(the context is full: the answer is cut short, and the next turn forgets the oldest)");
         }
@@ -107,39 +108,5 @@ fn read_message() -> Result<Option<String>> {
             Some(start) => message = message + start + "\n",
             None => return Ok(Some(message + line)),
         }
-    }
-}
-
-/// Ctrl-C ends an answer while there is one, and the program otherwise.
-#[derive(Clone)]
-struct Interrupt(Arc<[AtomicBool; 2]>);
-
-const ANSWERING: usize = 0;
-const ASKED: usize = 1;
-
-impl Interrupt {
-    fn install() -> Result<Self> {
-        let this = Self(Arc::default());
-        let flags = this.clone();
-        ctrlc::set_handler(move || {
-            if !flags.0[ANSWERING].load(Ordering::Relaxed) || flags.0[ASKED].swap(true, Ordering::Relaxed) {
-                std::process::exit(130); // As shells report a program that Ctrl-C ended.
-            }
-        })
-        .context("cannot listen for Ctrl-C")?;
-        Ok(this)
-    }
-
-    fn begin(&self) {
-        self.0[ASKED].store(false, Ordering::Relaxed);
-        self.0[ANSWERING].store(true, Ordering::Relaxed);
-    }
-
-    fn asked(&self) -> bool {
-        self.0[ASKED].load(Ordering::Relaxed)
-    }
-
-    fn end(&self) {
-        self.0[ANSWERING].store(false, Ordering::Relaxed);
     }
 }

@@ -1,0 +1,175 @@
+//! `setun convert`: the same model in another container or packing.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::ValueEnum;
+use setun::convert::{ConvertOptions, ConvertReport, Target, convert as convert_model};
+use setun::format::{Encoding, ScaleConvention};
+
+use crate::{model, output, progress};
+
+/// Rewrite a model in another format, losing nothing: ternary weights and their scales keep every bit, or it is refused.
+///
+/// Reads GGUF, Hugging Face folders (packed ternary, float masters, plain float) and llama2.c files. Float masters of a
+/// ternary model become ternary by their own definition. Floats are narrowed only to a type named by --type or
+/// --embedding-type, and the largest error is printed. The output appears under its name when it is complete.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  setun convert model-folder model.gguf --to gguf --embedding-type f16 --verify
+  setun convert model.gguf model-folder --to hf --scales divide
+  setun convert stories.bin stories.gguf --to gguf --tokenizer tok512.model")]
+pub struct ConvertArgs {
+    /// Model file (GGUF, safetensors, llama2.c) or folder
+    input: PathBuf,
+    /// File (gguf) or folder (hf) to write
+    output: PathBuf,
+    /// Format to write
+    #[arg(long, value_name = "FORMAT")]
+    to: Format,
+    /// Type of the linear layers: i2_s, tq1_0, tq2_0 (ternary layers only), f32, f16, bf16 or q8_0 [default: i2_s for
+    /// ternary layers in GGUF, their own type for float layers]
+    #[arg(long = "type", value_name = "TYPE", value_parser = any_type)]
+    linear_type: Option<Encoding>,
+    /// Type of the embedding and the output head: f32, f16, bf16 or q8_0 [default: their own]
+    #[arg(long, value_name = "TYPE", value_parser = float_type)]
+    embedding_type: Option<Encoding>,
+    /// What the scales beside packed layers mean in a Hugging Face folder: the factor of the layer's output (as BitNet
+    /// 2B-4T) or its divisor (as Falcon-E) [default: as in the input, else multiply]
+    #[arg(long, value_name = "MEANING")]
+    scales: Option<Meaning>,
+    /// Tokenizer to write instead of the model's own: tokenizer.json, tokenizer.model, a GGUF file or a folder
+    #[arg(long, value_name = "FILE", conflicts_with = "no_tokenizer")]
+    tokenizer: Option<PathBuf>,
+    /// Write no tokenizer
+    #[arg(long)]
+    no_tokenizer: bool,
+    /// Allow ternary scales to be rounded to the type's precision (by how much is printed)
+    #[arg(long)]
+    lossy: bool,
+    /// Read the output back and compare every tensor before it gets its name
+    #[arg(long)]
+    verify: bool,
+    /// Replace an existing output
+    #[arg(long)]
+    force: bool,
+    /// Print what was done as JSON on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Format {
+    /// One GGUF file
+    Gguf,
+    /// A Hugging Face folder: safetensors, config.json, tokenizer.json
+    Hf,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Meaning {
+    Multiply,
+    Divide,
+}
+
+pub fn convert(args: ConvertArgs) -> Result<()> {
+    let file = model::open(Some(&args.input))?;
+    let tokenizer = args.tokenizer.as_deref().map(model::tokenizer_at).transpose()?;
+    let options = ConvertOptions {
+        target: match args.to {
+            Format::Gguf => Target::Gguf,
+            Format::Hf => Target::HuggingFace,
+        },
+        linear_type: args.linear_type,
+        embedding_type: args.embedding_type,
+        scales: args.scales.map(|meaning| match meaning {
+            Meaning::Multiply => ScaleConvention::Multiply,
+            Meaning::Divide => ScaleConvention::Divide,
+        }),
+        tokenizer: tokenizer.as_ref(),
+        without_tokenizer: args.no_tokenizer,
+        lossy: args.lossy,
+        force: args.force,
+        verify: args.verify,
+    };
+    let started = Instant::now();
+    let bar = progress::bytes();
+    let report = convert_model(&file, &args.output, &options, &mut |p| {
+        bar.set_length(p.total);
+        bar.set_position(p.done);
+        bar.set_message(p.tensor.to_owned());
+    });
+    bar.finish_and_clear();
+    let report = report?;
+    let seconds = started.elapsed().as_secs_f64();
+    summary(&args.output, &report, seconds);
+    if args.json {
+        let mut json = serde_json::to_value(&report)?;
+        json["output"] = args.output.display().to_string().into();
+        json["seconds"] = seconds.into();
+        output::print_json(&json)?;
+    }
+    Ok(())
+}
+
+fn summary(path: &Path, report: &ConvertReport, seconds: f64) {
+    let types: Vec<String> = report.types.iter().map(|(name, count)| format!("{count} {name}")).collect();
+    eprintln!(
+        "{}: {} from {}, {} tensors ({}) in {seconds:.1} s",
+        path.display(),
+        output::bytes(report.output_bytes as usize),
+        output::bytes(report.input_bytes as usize),
+        report.tensors,
+        types.join(", ")
+    );
+    if let Some(max) = &report.max_error {
+        eprintln!("narrowed floats: largest error {:.3e}, in {}", max.error, max.tensor);
+    }
+    if report.max_scale_error > 0.0 {
+        eprintln!("rounded scales: largest relative change {:.3e}", report.max_scale_error);
+    }
+    for note in &report.notes {
+        eprintln!("note: {note}");
+    }
+    if let Some(seen) = &report.verified {
+        let within = if report.max_error.is_some() { " or within the error above" } else { "" };
+        eprintln!(
+            "verified: {} tensors read back, {} ternary weights equal in sign and scale, {} floats equal{within}",
+            seen.tensors,
+            output::count(seen.trits as usize),
+            output::count(seen.floats as usize)
+        );
+    }
+}
+
+fn any_type(text: &str) -> Result<Encoding, String> {
+    Ok(match text.to_ascii_lowercase().as_str() {
+        "i2_s" => Encoding::I2S,
+        "tq1_0" => Encoding::TQ1_0,
+        "tq2_0" => Encoding::TQ2_0,
+        other => float_type(other).map_err(|_| "i2_s, tq1_0, tq2_0, f32, f16, bf16 or q8_0 is expected")?,
+    })
+}
+
+fn float_type(text: &str) -> Result<Encoding, String> {
+    Ok(match text.to_ascii_lowercase().as_str() {
+        "f32" => Encoding::F32,
+        "f16" => Encoding::F16,
+        "bf16" => Encoding::BF16,
+        "q8_0" => Encoding::Q8_0,
+        _ => return Err("f32, f16, bf16 or q8_0 is expected".into()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn types_are_named_in_any_case_and_ternary_ones_only_for_linears() {
+        assert_eq!(any_type("I2_S"), Ok(Encoding::I2S));
+        assert_eq!(any_type("q8_0"), float_type("Q8_0"));
+        assert!(float_type("tq2_0").is_err() && any_type("q4_0").unwrap_err().contains("tq1_0"));
+    }
+}

@@ -1,0 +1,300 @@
+//! The `setun` program as a user or a script meets it, on small models with known answers.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+const SMALL: &str = "bitnet-tied-packed-small";
+/// With its continuation as `transformers` computed it (golden/models/bitnet-tied-packed-small/expected/info.json).
+const PROMPT: &str = "Dick returned, one after another of the trio took the pan";
+const CONTINUATION: &str = "ce, and it, and it, and it, and it, and it, and it, and it's";
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/models").join(name)
+}
+
+fn small() -> String {
+    golden(SMALL).display().to_string()
+}
+
+fn setun(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_setun"));
+    command.args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+fn setun_reading(args: &[&str], input: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_setun"));
+    let pipes = command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = pipes.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+/// Stdout of a run that must succeed.
+fn stdout(args: &[&str]) -> String {
+    text_of(&setun(args))
+}
+
+fn text_of(output: &Output) -> String {
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn json(args: &[&str]) -> Value {
+    serde_json::from_str(&stdout(args)).unwrap()
+}
+
+/// Stderr of a run that must fail with `code`, without a panic and without text on stdout.
+fn failure(args: &[&str], code: i32) -> String {
+    let output = setun(args);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");
+    assert!(output.stdout.is_empty(), "{args:?} printed {:?}", String::from_utf8_lossy(&output.stdout));
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    stderr
+}
+
+#[test]
+fn greedy_text_is_the_reference_continuation_alone_on_stdout() {
+    let greedy = ["-n", "32", "--temperature", "0", "--kv", "f32"];
+    let text = stdout(&[&["run", &small(), "-p", PROMPT], &greedy[..]].concat());
+    assert!(CONTINUATION.starts_with(&text) || text.starts_with(CONTINUATION), "{text:?}");
+    assert!(text.len() > 20, "{text:?}");
+    let piped = setun_reading(&[&["run", &small()], &greedy[..]].concat(), &format!("{PROMPT}\n"));
+    assert_eq!(text_of(&piped), text, "a piped prompt is the prompt, without its line end");
+}
+
+#[test]
+fn the_same_model_in_gguf_tells_the_same_text() {
+    let gguf = golden("bitnet-tied-packed-small-gguf/bitnet-tied-packed-small-i2_s.gguf");
+    let run = |model: &str| stdout(&["run", model, "-p", PROMPT, "-n", "16", "--temperature", "0"]);
+    assert_eq!(run(gguf.to_str().unwrap()), run(&small()));
+}
+
+#[test]
+fn same_seed_same_text_on_any_kernel_and_number_of_threads() {
+    let run = |more: &[&str]| stdout(&[&["run", &small(), "-p", "It was", "-n", "40", "--seed", "7"], more].concat());
+    let text = run(&[]);
+    assert_eq!(text, run(&["--threads", "1"]));
+    assert_eq!(text, run(&["--threads", "3", "--kernel", "scalar"]));
+    for kernel in json(&["bench", "--shape", "tiny", "--prefill", "0", "--decode", "1", "--json"])["machine"]["kernels"]
+        .as_array()
+        .unwrap()
+    {
+        assert_eq!(text, run(&["--kernel", kernel.as_str().unwrap()]), "{kernel}");
+    }
+    let other = stdout(&["run", &small(), "-p", "It was", "-n", "40", "--seed", "8"]);
+    assert_ne!(text, other);
+}
+
+#[test]
+fn a_drawn_seed_is_printed_and_repeats_the_text() {
+    let output = setun(&["run", &small(), "-p", "It was", "-n", "20"]);
+    let stderr = String::from_utf8(output.stderr.clone()).unwrap();
+    let seed = stderr.trim().rsplit(' ').next().unwrap();
+    assert_eq!(text_of(&output), stdout(&["run", &small(), "-p", "It was", "-n", "20", "--seed", seed]));
+    for part in ["prompt 4 tokens at ", "20 new tokens at ", "first text after ", "memory "] {
+        assert!(stderr.contains(part), "{stderr}");
+    }
+}
+
+#[test]
+fn run_json_counts_what_it_did() {
+    let out = json(&["run", &small(), "-p", "It was", "-n", "5", "--seed", "1", "--json"]);
+    assert_eq!(out["new_tokens"], 5);
+    assert_eq!(out["ids"].as_array().unwrap().len(), 5);
+    assert_eq!((&out["stop"], &out["seed"]), (&"max_tokens".into(), &1.into()));
+    for key in ["prefill_tokens_per_s", "decode_tokens_per_s", "seconds_to_first_text"] {
+        assert!(out[key].as_f64().unwrap() > 0.0, "{key}");
+    }
+    assert_eq!(out["text"], stdout(&["run", &small(), "-p", "It was", "-n", "5", "--seed", "1"]));
+}
+
+#[test]
+fn a_stop_string_ends_the_text_before_it() {
+    let run = ["run", &small(), "-p", PROMPT, "-n", "32", "--temperature", "0"];
+    let whole = stdout(&run);
+    let text = stdout(&[&run[..], &["--stop", " and"]].concat());
+    assert_eq!(text, whole[..whole.find(" and").unwrap()]);
+}
+
+#[test]
+fn a_full_context_is_said_and_a_prompt_beyond_it_is_an_error() {
+    let output = setun(&["run", &small(), "-p", "It was", "-n", "50", "--context", "10", "--ignore-eos"]);
+    assert!(!text_of(&output).is_empty());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("the context of 10 tokens is full"));
+    let error = failure(&["run", &small(), "-p", "It was", "--context", "2"], 1);
+    assert!(error.contains("the context is full") && error.contains("2 positions"), "{error}");
+}
+
+#[test]
+fn wrong_usage_exits_with_2_and_failures_with_1() {
+    let small = small();
+    for (args, code, said) in [
+        (&["run", &small, "-p", "x", "--kernel", "sse9"][..], 2, "this CPU runs"),
+        (&["run", &small, "-p", "x", "--no-such-flag"], 2, "--no-such-flag"),
+        (&["run", &small, "-p", "x", "--temperature", "-1"], 2, "temperature"),
+        (&["run", &small, "-p", "x", "--top-p", "2"], 2, "top_p"),
+        (&["run", &small, "-p", "x", "--threads", "0"], 2, "1 to 1024"),
+        (&["run", &small], 2, "no prompt"),
+        (&["bench", "--shape", "9t"], 2, "known shapes"),
+        (&["bench", "--shape", "tiny", "--kernel", "sse9"], 2, "sse9"),
+        (&["tokenize", &small, "--decode", "1 x"], 2, "`x` is not a token id"),
+        (&["run", "no/such/model", "-p", "x"], 1, "no/such/model"),
+        (&["run", "someone/some-model", "-p", "x"], 1, "cannot be fetched from a hub yet"),
+        (&["logits", &small, "--tokens", "no-such.json"], 1, "no-such.json"),
+    ] {
+        let error = failure(args, code);
+        assert!(error.contains(said), "{args:?}: {error}");
+        assert!(error.starts_with("error: "), "{error}");
+        assert!(code == 2 || error.trim_end().lines().count() == 1, "{error}");
+    }
+}
+
+#[test]
+fn truncated_and_foreign_files_are_errors_that_name_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = std::fs::read(golden("bitnet-tied-packed-small-gguf/bitnet-tied-packed-small-i2_s.gguf")).unwrap();
+    for (name, bytes) in [
+        ("cut.gguf", &whole[..whole.len() / 2]),
+        ("header.gguf", &whole[..40]),
+        ("empty.gguf", &[]),
+        ("text.gguf", b"hello, I am no model"),
+    ] {
+        let path = folder.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        let path = path.to_str().unwrap();
+        for command in ["run", "info", "logits", "bench"] {
+            let more: &[&str] = match command {
+                "run" => &["-p", "x"],
+                "logits" => &["--tokens", "x.json"],
+                _ => &[],
+            };
+            let error = failure(&[&[command, path], more].concat(), 1);
+            assert!(error.contains(if command == "logits" { "x.json" } else { name }), "{command}: {error}");
+        }
+    }
+}
+
+#[test]
+fn a_model_without_a_tokenizer_says_how_to_name_one() {
+    let model = golden("rope-llama-default").display().to_string();
+    let error = failure(&["run", &model, "-p", "x"], 1);
+    assert!(error.contains("--tokenizer FILE"), "{error}");
+}
+
+#[test]
+fn logits_have_the_stated_names_and_shapes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (ids, out) = (folder.path().join("ids.json"), folder.path().join("o.safetensors"));
+    std::fs::write(&ids, "[[317, 1, 2], [5]]").unwrap();
+    let (ids, out_name) = (ids.to_str().unwrap(), out.to_str().unwrap());
+    let args = ["logits", &small(), "--tokens", ids, "--out", out_name, "--hidden", "--json"];
+    assert_eq!(json(&args)["tokens"], 4);
+    let bytes = std::fs::read(&out).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    for (n, tokens) in [3, 1].into_iter().enumerate() {
+        assert_eq!(file.tensor(&format!("logits.{n}")).unwrap().shape(), [tokens, 320]);
+        for name in ["embed", "layer0", "layer1", "final_norm"] {
+            let hidden = file.tensor(&format!("hidden.{name}.{n}")).unwrap();
+            assert_eq!((hidden.shape(), hidden.dtype()), (&[tokens, 256][..], safetensors::Dtype::F32));
+        }
+    }
+    assert_eq!(file.names().len(), 10);
+
+    let json = json(&["logits", &small(), "--tokens", ids]);
+    let binary: Vec<f32> = file.tensor("logits.0").unwrap().data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    let rows = json["logits.0"].as_array().unwrap();
+    let flat = rows.iter().flat_map(|row| row.as_array().unwrap()).map(|v| v.as_f64().unwrap() as f32);
+    assert!(flat.eq(binary), "JSON and safetensors hold the same numbers");
+}
+
+#[test]
+fn bad_token_files_are_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    for (text, said) in [
+        ("[]", "no sequence"),
+        ("[1, 2]", "list of lists"),
+        ("[[1], []]", "sequence 1"),
+        ("[[320]]", "token id 320 is outside the vocabulary of 320"),
+        ("[[1]", "list of lists"),
+    ] {
+        let ids = folder.path().join("ids.json");
+        std::fs::write(&ids, text).unwrap();
+        let error = failure(&["logits", &small(), "--tokens", ids.to_str().unwrap()], 1);
+        assert!(error.contains(said), "{text}: {error}");
+    }
+}
+
+#[test]
+fn tokenize_and_back_is_the_same_text() {
+    let text = "  naïve café\n\n12345";
+    let ids = stdout(&["tokenize", &small(), text, "--ids", "--no-special"]);
+    assert_eq!(stdout(&["tokenize", &small(), "--decode", ids.trim()]), format!("{text}\n"));
+    let with_bos = json(&["tokenize", &small(), "Hello world", "--json"]);
+    assert_eq!(with_bos["ids"], serde_json::json!([317, 39, 68, 280, 78, 262, 285, 312]));
+    assert_eq!(with_bos["tokens"][0], "<|begin_of_text|>");
+    let piped = text_of(&setun_reading(&["tokenize", &small(), "-", "--json"], "Hello world"));
+    assert_eq!(serde_json::from_str::<Value>(&piped).unwrap(), with_bos);
+}
+
+#[test]
+fn info_tells_shape_packing_and_oddities() {
+    let info = json(&["info", &small(), "--json"]);
+    assert_eq!((&info["model"]["family"], &info["runnable"]), (&"bitnet".into(), &true.into()));
+    assert_eq!((&info["model"]["parameters"], &info["model"]["hidden_size"]), (&805_120.into(), &256.into()));
+    let packed = &info["packing"]["packed U8"];
+    assert_eq!((&packed["tensors"], &packed["elements"]), (&14.into(), &720_896.into()));
+    let zeros = info["zero_fraction"].as_f64().unwrap();
+    assert!((0.2..0.5).contains(&zeros), "{zeros}");
+    let parts = info["bytes_by_part"].as_object().unwrap();
+    let sum: u64 = parts.values().map(|v| v.as_u64().unwrap()).sum();
+    assert_eq!(Some(sum), info["bytes"].as_u64(), "every byte belongs to a part");
+    assert_eq!(info["odd"], serde_json::json!([]));
+    assert!(stdout(&["info", &small()]).contains("31.57 % zeros"));
+    let bare = json(&["info", golden("rope-llama-yarn").to_str().unwrap(), "--json"]);
+    assert!(bare["odd"][0].as_str().unwrap().contains("without a tokenizer"));
+}
+
+#[test]
+fn bench_json_has_the_stated_keys() {
+    let args = ["bench", "--shape", "tiny", "--prefill", "32", "--decode", "4", "--repeats", "1", "--json"];
+    let out = json(&args);
+    for key in ["load_seconds", "peak_rss_bytes", "read_gb_per_s", "int8_gmac_per_s"] {
+        assert!(out[key].as_f64().unwrap() > 0.0, "{key}");
+    }
+    assert!(out["machine"].is_object() && out["model"].is_object());
+    let results = out["results"].as_array().unwrap();
+    let phases: Vec<_> = results.iter().map(|r| (r["phase"].as_str().unwrap(), r["tokens"].as_u64().unwrap())).collect();
+    assert_eq!(phases, [("prefill", 32), ("decode", 4)]);
+    for r in results {
+        assert_eq!(r["batch"], 1);
+        assert!(r["kernel"].is_string() && r["threads"].as_u64().unwrap() >= 1);
+        for key in ["tokens_per_s", "bytes_per_token", "share"] {
+            assert!(r[key].as_f64().unwrap() > 0.0, "{key}");
+        }
+    }
+    let table = stdout(&["bench", &small(), "--prefill", "16", "--decode", "4", "--repeats", "1"]);
+    assert!(table.contains("% of read bandwidth") && table.contains("% of arithmetic"), "{table}");
+}
+
+#[test]
+fn closed_stdout_ends_quietly() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_setun"));
+    command.args(["run", &small(), "-p", "It was", "-n", "400", "--ignore-eos"]).stdin(Stdio::null());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}
+
+#[test]
+fn every_command_explains_itself() {
+    for command in ["run", "info", "logits", "tokenize", "bench", "train", "convert"] {
+        let help = stdout(&[command, "--help"]);
+        assert!(help.contains("Example"), "{command}: no example");
+    }
+}
