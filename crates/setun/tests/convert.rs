@@ -367,3 +367,58 @@ fn a_second_conversion_gives_the_same_bytes() {
     let bytes = |p: &Path| std::fs::metadata(p).unwrap().len();
     assert_eq!(bytes(&a), bytes(&c));
 }
+
+/// A vocabulary as `setun train` makes one: bytes, a few merges, digits one by one, `<|endoftext|>` before every text.
+fn trained_tokenizer() -> String {
+    let mut alphabet: Vec<char> =
+        tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
+    alphabet.sort_unstable();
+    let mut tokens = vec!["<|endoftext|>".to_owned()];
+    tokens.extend(alphabet.iter().map(char::to_string));
+    tokens.extend(["on", "ce", "once", "Ġt"].map(str::to_owned));
+    let vocab: serde_json::Map<_, _> =
+        tokens.iter().enumerate().map(|(id, token)| (token.clone(), id.into())).collect();
+    let end = "<|endoftext|>";
+    serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
+        "added_tokens": [{"id": 0, "content": end, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true}],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Digits", "individual_digits": true},
+            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}]},
+        "post_processor": {"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": end, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {end: {"id": end, "ids": [0], "tokens": [end]}}},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+            "vocab": vocab, "merges": [["o", "n"], ["c", "e"], ["on", "ce"], ["Ġ", "t"]]},
+    })
+    .to_string()
+}
+
+#[test]
+fn the_tokenizer_of_a_trained_model_goes_through_gguf_with_equal_ids() {
+    let own = Tokenizer::from_json_bytes(trained_tokenizer().as_bytes()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (file, back) = (folder.path().join("m.gguf"), folder.path().join("m"));
+    let options = ConvertOptions {
+        tokenizer: Some(&own),
+        embedding_type: Some(Encoding::F16),
+        ..gguf(Some(Encoding::I2S))
+    };
+    run(&model("bitnet-tied-packed-small"), &file, options).unwrap();
+    let written = Checkpoint::open(&file).unwrap();
+    let metadata = written.gguf_metadata().unwrap();
+    assert_eq!(metadata.str("tokenizer.ggml.pre").unwrap(), Some("smollm"));
+    assert_eq!(written.info("token_embd.weight").unwrap().encoding, Encoding::F16);
+    run(&file, &back, huggingface(None)).unwrap();
+    for path in [&file, &back] {
+        let found = Tokenizer::of(&Checkpoint::open(path).unwrap()).unwrap();
+        for text in TEXTS.into_iter().chain(["once 2026<|endoftext|> there"]) {
+            assert_eq!(found.encode(text, true).unwrap(), own.encode(text, true).unwrap(), "{text:?}");
+        }
+        assert_eq!((found.bos(), found.eos_ids().first()), (own.bos(), own.eos_ids().first()));
+    }
+}
