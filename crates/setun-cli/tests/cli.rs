@@ -75,11 +75,14 @@ fn the_same_model_in_gguf_tells_the_same_text() {
 
 #[test]
 fn same_seed_same_text_on_any_kernel_and_number_of_threads() {
-    let run = |more: &[&str]| stdout(&[&["run", &small(), "-p", "It was", "-n", "40", "--seed", "7"], more].concat());
+    let run = |more: &[&str]| {
+        stdout(&[&["run", &small(), "-p", "It was", "-n", "40", "--seed", "7"], more].concat())
+    };
     let text = run(&[]);
     assert_eq!(text, run(&["--threads", "1"]));
     assert_eq!(text, run(&["--threads", "3", "--kernel", "scalar"]));
-    for kernel in json(&["bench", "--shape", "tiny", "--prefill", "0", "--decode", "1", "--json"])["machine"]["kernels"]
+    for kernel in json(&["bench", "--shape", "tiny", "--prefill", "0", "--decode", "1", "--json"])["machine"]
+        ["kernels"]
         .as_array()
         .unwrap()
     {
@@ -156,7 +159,8 @@ fn wrong_usage_exits_with_2_and_failures_with_1() {
 #[test]
 fn truncated_and_foreign_files_are_errors_that_name_the_file() {
     let folder = tempfile::tempdir().unwrap();
-    let whole = std::fs::read(golden("bitnet-tied-packed-small-gguf/bitnet-tied-packed-small-i2_s.gguf")).unwrap();
+    let whole =
+        std::fs::read(golden("bitnet-tied-packed-small-gguf/bitnet-tied-packed-small-i2_s.gguf")).unwrap();
     for (name, bytes) in [
         ("cut.gguf", &whole[..whole.len() / 2]),
         ("header.gguf", &whole[..40]),
@@ -205,7 +209,13 @@ fn logits_have_the_stated_names_and_shapes() {
     assert_eq!(file.names().len(), 10);
 
     let json = json(&["logits", &small(), "--tokens", ids]);
-    let binary: Vec<f32> = file.tensor("logits.0").unwrap().data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    let binary: Vec<f32> = file
+        .tensor("logits.0")
+        .unwrap()
+        .data()
+        .chunks(4)
+        .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+        .collect();
     let rows = json["logits.0"].as_array().unwrap();
     let flat = rows.iter().flat_map(|row| row.as_array().unwrap()).map(|v| v.as_f64().unwrap() as f32);
     assert!(flat.eq(binary), "JSON and safetensors hold the same numbers");
@@ -267,7 +277,8 @@ fn bench_json_has_the_stated_keys() {
     }
     assert!(out["machine"].is_object() && out["model"].is_object());
     let results = out["results"].as_array().unwrap();
-    let phases: Vec<_> = results.iter().map(|r| (r["phase"].as_str().unwrap(), r["tokens"].as_u64().unwrap())).collect();
+    let phases: Vec<_> =
+        results.iter().map(|r| (r["phase"].as_str().unwrap(), r["tokens"].as_u64().unwrap())).collect();
     assert_eq!(phases, [("prefill", 32), ("decode", 4)]);
     for r in results {
         assert_eq!(r["batch"], 1);
