@@ -16,7 +16,7 @@ setun, model = sys.argv[1:]
 blocked = set()
 with open(pathlib.Path(__file__).with_name("blocked.tsv")) as table:
     for row in csv.reader((line for line in table if not line.startswith("#")), delimiter="\t"):
-        blocked.add(row[0])
+        blocked.add(row[1])
 
 
 def mask(word):
