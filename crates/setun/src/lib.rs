@@ -3,7 +3,8 @@
 //! The modules follow the way of the data: a file is opened by [`format`], described by [`config`], its tensors found
 //! by [`weights`]; [`tokenizer`] and [`chat`] turn text into ids; [`model`] is the forward pass over [`ops`], which
 //! [`cpu`] executes with a [`kv_cache`]; [`engine`] holds a loaded model and its sequences, [`sampler`] picks the next
-//! token, [`generate`] puts them together. [`error`] says why something could not be done.
+//! token, [`generate`] puts them together and [`stop`] watches for strings that end a text. [`inspect`] tells what a file
+//! holds, [`eval`] scores a model, [`convert`] rewrites one. [`error`] says why something could not be done.
 
 pub mod error;
 pub mod format;
