@@ -65,6 +65,10 @@ pub fn perplexity(
         return Err(ModelError::EmptyPrompt);
     }
     let vocab = engine.config().vocab_size;
+    // Targets are looked up in the logits, the last one without ever being fed.
+    if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab) {
+        return Err(ModelError::UnknownToken { id, vocab_size: vocab });
+    }
     let mut session = engine.session(KvType::F32, Some(context));
     let mut result = Perplexity { nats: 0.0, tokens: 0, bytes: text.len() };
     // `scored` tokens have been scored (the first counts, though it has nothing before it).
@@ -125,6 +129,19 @@ mod tests {
             })
             .sum();
         assert!((found.nats - nats).abs() < 1e-3, "{} and {nats}", found.nats);
+    }
+
+    #[test]
+    fn a_last_token_outside_the_vocabulary_is_an_error() {
+        let (engine, _) = model();
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/bitllama2/tok512.model");
+        let other = Tokenizer::from_sentencepiece(&std::fs::read(file).unwrap()).unwrap();
+        let ids = other.encode("the日z", true).unwrap();
+        let vocab = engine.config().vocab_size as u32;
+        let (last, rest) = ids.split_last().unwrap();
+        assert!(*last >= vocab && rest.iter().all(|&id| id < vocab), "{ids:?}");
+        let found = perplexity(&engine, &other, "the日z", Windows { context: 64, stride: 32 }, &mut |_, _| {});
+        assert!(found.unwrap_err().to_string().contains("outside the vocabulary"));
     }
 
     #[test]
