@@ -349,6 +349,9 @@ impl ModelConfig {
         if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
             return Err(value_error("rms_norm_eps", self.rms_norm_eps, "a small positive number"));
         }
+        if let Some(eps) = self.inner_norm_eps.filter(|eps| !(eps.is_finite() && *eps >= 0.0)) {
+            return Err(value_error("quantization_config.rms_norm_eps", eps, "a small positive number"));
+        }
         if self.windows.len() != self.num_layers {
             return Err(value_error("layer_types", self.windows.len(), format!("{} layers", self.num_layers)));
         }

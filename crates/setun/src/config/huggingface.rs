@@ -1,6 +1,6 @@
 //! `config.json` as Hugging Face models carry it, read and written.
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value, json};
 
 use super::rope::{Rope, RopeScaling, yarn_attention};
@@ -10,33 +10,43 @@ use crate::error::ModelError;
 /// The fields that matter, each optional so that a missing one can be named.
 #[derive(Deserialize)]
 struct RawConfig {
-    #[serde(default)]
-    architectures: Vec<String>,
+    architectures: Option<Vec<String>>,
     model_type: Option<String>,
     hidden_act: Option<String>,
+    #[serde(default, deserialize_with = "whole")]
     vocab_size: Option<usize>,
+    #[serde(default, deserialize_with = "whole")]
     hidden_size: Option<usize>,
+    #[serde(default, deserialize_with = "whole")]
     intermediate_size: Option<usize>,
+    #[serde(default, deserialize_with = "whole")]
     num_hidden_layers: Option<usize>,
+    #[serde(default, deserialize_with = "whole")]
     num_attention_heads: Option<usize>,
+    #[serde(default, deserialize_with = "whole")]
     num_key_value_heads: Option<usize>,
+    #[serde(default, deserialize_with = "whole")]
     head_dim: Option<usize>,
+    #[serde(default, deserialize_with = "whole")]
     max_position_embeddings: Option<usize>,
     rms_norm_eps: Option<f64>,
     tie_word_embeddings: Option<bool>,
     rope_theta: Option<f64>,
     rope_scaling: Option<RawRope>,
+    #[serde(default, deserialize_with = "one_for_all_layers")]
     rope_parameters: Option<RawRope>,
     partial_rotary_factor: Option<f64>,
+    #[serde(default, deserialize_with = "whole")]
     sliding_window: Option<usize>,
     use_sliding_window: Option<bool>,
+    #[serde(default, deserialize_with = "whole")]
     max_window_layers: Option<usize>,
     layer_types: Option<Vec<String>>,
     attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
     quantization_config: Option<RawQuantization>,
-    weight_bits: Option<u32>,
-    input_bits: Option<u32>,
+    weight_bits: Option<f64>,
+    input_bits: Option<f64>,
     bos_token_id: Option<Value>,
     eos_token_id: Option<Value>,
 }
@@ -47,6 +57,7 @@ struct RawRope {
     r#type: Option<String>,
     rope_theta: Option<f64>,
     factor: Option<f64>,
+    #[serde(default, deserialize_with = "whole")]
     original_max_position_embeddings: Option<usize>,
     attention_factor: Option<f64>,
     beta_fast: Option<f64>,
@@ -65,9 +76,65 @@ struct RawQuantization {
     linear_class: Option<String>,
     quantization_mode: Option<String>,
     modules_to_not_convert: Option<Vec<String>>,
-    #[serde(default)]
-    use_rms_norm: bool,
+    use_rms_norm: Option<bool>,
     rms_norm_eps: Option<f64>,
+}
+
+/// What a family's class in `transformers` fills in for keys that a file leaves out; sizes have no sensible default.
+struct Defaults {
+    rope_theta: f64,
+    max_positions: usize,
+    activation: Activation,
+    /// `None`: as many as query heads.
+    kv_heads: Option<usize>,
+    sliding_window: Option<usize>,
+}
+
+impl Family {
+    fn defaults(self) -> Defaults {
+        let llama = Defaults {
+            rope_theta: 10000.0,
+            max_positions: 2048,
+            activation: Activation::Silu,
+            kv_heads: None,
+            sliding_window: None,
+        };
+        match self {
+            Family::Llama | Family::BitNetSilu => llama,
+            Family::Mistral => {
+                Defaults { max_positions: 131_072, kv_heads: Some(8), sliding_window: Some(4096), ..llama }
+            }
+            Family::Qwen2 => {
+                Defaults { max_positions: 32_768, kv_heads: Some(32), sliding_window: Some(4096), ..llama }
+            }
+            Family::BitNet => {
+                Defaults { rope_theta: 500_000.0, activation: Activation::Relu2, kv_heads: Some(5), ..llama }
+            }
+        }
+    }
+}
+
+/// A size, also where a program wrote it as a float (`2048.0`, `1e4`).
+fn whole<'de, D: Deserializer<'de>>(from: D) -> Result<Option<usize>, D::Error> {
+    let Some(number) = Option::<serde_json::Number>::deserialize(from)? else { return Ok(None) };
+    let float = number.as_f64().filter(|x| x.fract() == 0.0 && (0.0..9e15).contains(x)).map(|x| x as u64);
+    let size = number.as_u64().or(float).and_then(|n| usize::try_from(n).ok());
+    size.map(Some).ok_or_else(|| serde::de::Error::custom(format!("{number} is not a whole number from 0")))
+}
+
+/// `rope_parameters`, which may hold one section per kind of layer; sections that differ cannot be run.
+fn one_for_all_layers<'de, D: Deserializer<'de>>(from: D) -> Result<Option<RawRope>, D::Error> {
+    use serde::de::Error;
+    let value = Value::deserialize(from)?;
+    let nested = value.as_object().map(|map| map.values().filter(|v| v.is_object()).collect::<Vec<_>>());
+    let flat = match nested.as_deref() {
+        Some([first, rest @ ..]) => match rest.iter().all(|section| section == first) {
+            true => *first,
+            false => return Err(D::Error::custom("layers differ in it, but one section for all layers is what this version runs")),
+        },
+        _ => &value,
+    };
+    Option::<RawRope>::deserialize(flat).map_err(D::Error::custom)
 }
 
 fn need<T>(value: Option<T>, field: &str) -> Result<T, ModelError> {
@@ -81,14 +148,14 @@ impl ModelConfig {
     /// For a family, activation, rope type or quantisation that this version does not build, for a missing field, and
     /// for values that contradict each other: each names the field.
     pub fn from_json(json: &Value) -> Result<Self, ModelError> {
-        let raw = RawConfig::deserialize(json)
-            .map_err(|e| value_error("config.json", e, "an object of a model's settings in their usual types"))?;
+        let raw = RawConfig::deserialize(json).map_err(|e| wrong_type(json, &e))?;
         let family = family(&raw)?;
-        let activation = match (raw.hidden_act.as_deref(), family) {
-            (Some("silu" | "swish"), _) => Activation::Silu,
-            (Some("relu2"), _) | (None, Family::BitNet) => Activation::Relu2,
-            (Some(other), _) => return Err(value_error("hidden_act", other, "`silu` or `relu2`")),
-            (None, _) => return Err(ModelError::ConfigMissing { field: "hidden_act".into() }),
+        let defaults = family.defaults();
+        let activation = match raw.hidden_act.as_deref() {
+            Some("silu" | "swish") => Activation::Silu,
+            Some("relu2") => Activation::Relu2,
+            Some(other) => return Err(value_error("hidden_act", other, "`silu` or `relu2`")),
+            None => defaults.activation,
         };
         let (hidden_size, heads) =
             (need(raw.hidden_size, "hidden_size")?, need(raw.num_attention_heads, "num_attention_heads")?);
@@ -101,7 +168,9 @@ impl ModelConfig {
             }
         };
         let num_layers = need(raw.num_hidden_layers, "num_hidden_layers")?;
-        let max_positions = need(raw.max_position_embeddings, "max_position_embeddings")?;
+        let max_positions = raw.max_position_embeddings.unwrap_or(defaults.max_positions);
+        // Absent is the class default, but an explicit null is "as many as query heads".
+        let kv_default = if json.get("num_key_value_heads").is_some() { None } else { defaults.kv_heads };
         let bias = raw.attention_bias.unwrap_or(false);
         let config = Self {
             family,
@@ -110,20 +179,20 @@ impl ModelConfig {
             intermediate_size: need(raw.intermediate_size, "intermediate_size")?,
             num_layers,
             heads,
-            kv_heads: raw.num_key_value_heads.unwrap_or(heads),
+            kv_heads: raw.num_key_value_heads.or(kv_default).unwrap_or(heads),
             head_dim,
             max_positions,
             rms_norm_eps: need(raw.rms_norm_eps, "rms_norm_eps")? as f32,
             // The class default of every family here, `transformers` included; files leave it out when false.
             tied: raw.tie_word_embeddings.unwrap_or(family == Family::BitNetSilu),
             activation,
-            rope: rope(&raw, head_dim, max_positions)?,
-            windows: windows(&raw, family, num_layers)?,
+            rope: rope(&raw, head_dim, max_positions, defaults.rope_theta)?,
+            windows: windows(json, &raw, family, num_layers)?,
             sub_norms: matches!(family, Family::BitNet | Family::BitNetSilu),
             inner_norm_eps: raw
                 .quantization_config
                 .as_ref()
-                .filter(|q| q.use_rms_norm)
+                .filter(|q| q.use_rms_norm == Some(true))
                 .map(|q| q.rms_norm_eps.unwrap_or(1e-6) as f32),
             qkv_bias: bias || family == Family::Qwen2,
             output_bias: bias && family != Family::Qwen2,
@@ -194,12 +263,19 @@ impl ModelConfig {
     }
 
     fn windows_json(&self, map: &mut Map<String, Value>) {
-        let Some(window) = self.windows.iter().flatten().next() else { return };
+        let Some(window) = self.windows.iter().flatten().next() else {
+            // Mistral's class has a window where the key is absent.
+            if self.family == Family::Mistral {
+                map.insert("sliding_window".into(), Value::Null);
+            }
+            return;
+        };
         map.insert("sliding_window".into(), json!(window));
         if self.family == Family::Qwen2 {
             map.insert("use_sliding_window".into(), json!(true));
         }
-        if self.windows.iter().any(Option::is_none) {
+        // Qwen2's class would leave its lower layers without one.
+        if self.family != Family::Mistral || self.windows.iter().any(Option::is_none) {
             let kind = |w: &Option<usize>| if w.is_some() { "sliding_attention" } else { "full_attention" };
             map.insert("layer_types".into(), self.windows.iter().map(kind).collect());
         }
@@ -211,9 +287,20 @@ fn shortest(x: f32) -> f64 {
     x.to_string().parse().expect("a float's own text is a float")
 }
 
+/// Names the field that serde leaves out: all are optional, so the one at fault is the one that fails by itself.
+fn wrong_type(json: &Value, error: &serde_json::Error) -> ModelError {
+    let alone = |(key, value): &(&String, &Value)| {
+        RawConfig::deserialize(Value::Object(Map::from_iter([((*key).clone(), (*value).clone())]))).is_err()
+    };
+    match json.as_object().and_then(|map| map.iter().find(alone)) {
+        Some((field, _)) => value_error(field, format!("not usable ({error})"), "of its usual type"),
+        None => value_error("config.json", error, "an object of a model's settings"),
+    }
+}
+
 fn family(raw: &RawConfig) -> Result<Family, ModelError> {
     // 1bitLLM's files say model_type "llama"; the class name, lower-case n, is what tells them apart.
-    let class = raw.architectures.first().map(String::as_str);
+    let class = raw.architectures.as_ref().and_then(|names| names.first()).map(String::as_str);
     Ok(match (class, raw.model_type.as_deref()) {
         (Some("BitnetForCausalLM"), _) => Family::BitNetSilu,
         (Some("BitNetForCausalLM"), _) | (None, Some("bitnet")) => Family::BitNet,
@@ -234,7 +321,7 @@ fn numerics(raw: &RawConfig, family: Family) -> Result<Numerics, ModelError> {
     let Some(q) = &raw.quantization_config else {
         return match (family, raw.weight_bits, raw.input_bits) {
             // 1bitLLM: float masters, quantised on the fly; nothing but these two keys says so.
-            (Family::BitNetSilu, Some(1), Some(8)) => {
+            (Family::BitNetSilu, Some(1.0), Some(8.0)) => {
                 Ok(Numerics::Ternary(Ternary { storage: Storage::Masters, exceptions: None }))
             }
             (Family::BitNetSilu, bits, input) => {
@@ -266,8 +353,11 @@ fn numerics(raw: &RawConfig, family: Family) -> Result<Numerics, ModelError> {
     Ok(Numerics::Ternary(Ternary { storage, exceptions }))
 }
 
-fn windows(raw: &RawConfig, family: Family, layers: usize) -> Result<Vec<Option<usize>>, ModelError> {
+fn windows(json: &Value, raw: &RawConfig, family: Family, layers: usize) -> Result<Vec<Option<usize>>, ModelError> {
     let layers = layers.min(super::MAX_LAYERS);
+    // As for heads: absent is the class default, null is no window.
+    let class = if json.get("sliding_window").is_some() { None } else { family.defaults().sliding_window };
+    let given = raw.sliding_window.or(class);
     if let Some(types) = &raw.layer_types {
         let window = |kind: &String| match kind.as_str() {
             "full_attention" => Ok(None),
@@ -277,26 +367,25 @@ fn windows(raw: &RawConfig, family: Family, layers: usize) -> Result<Vec<Option<
         return types.iter().map(window).collect();
     }
     Ok(match family {
-        Family::Mistral => vec![raw.sliding_window; layers],
+        Family::Mistral => vec![given; layers],
         Family::Qwen2 if raw.use_sliding_window == Some(true) => {
-            let (window, from) =
-                (need(raw.sliding_window, "sliding_window")?, need(raw.max_window_layers, "max_window_layers")?);
-            (0..layers).map(|n| (n >= from).then_some(window)).collect()
+            let from = raw.max_window_layers.unwrap_or(28);
+            (0..layers).map(|n| given.filter(|_| n >= from)).collect()
         }
         _ => vec![None; layers],
     })
 }
 
-fn rope(raw: &RawConfig, head_dim: usize, max_positions: usize) -> Result<Rope, ModelError> {
+fn rope(raw: &RawConfig, head_dim: usize, max_positions: usize, theta: f64) -> Result<Rope, ModelError> {
     let section = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());
-    let theta = raw.rope_theta.or_else(|| section.and_then(|s| s.rope_theta));
+    let theta = section.and_then(|s| s.rope_theta).or(raw.rope_theta).unwrap_or(theta);
     let partial = raw.partial_rotary_factor.or_else(|| section.and_then(|s| s.partial_rotary_factor)).unwrap_or(1.0);
     let scaling = match section {
         None => RopeScaling::Default,
         Some(section) => scaling(section, max_positions)?,
     };
     let rotary_dim = (head_dim as f64 * partial) as usize;
-    Ok(Rope { theta: need(theta, "rope_theta")?, rotary_dim, scaling })
+    Ok(Rope { theta, rotary_dim, scaling })
 }
 
 fn scaling(raw: &RawRope, max_positions: usize) -> Result<RopeScaling, ModelError> {
@@ -358,5 +447,112 @@ fn ids(value: &Option<Value>, field: &str) -> Result<Vec<u32>, ModelError> {
         None | Some(Value::Null) => Ok(Vec::new()),
         Some(Value::Array(list)) => list.iter().map(one).collect(),
         Some(single) => Ok(vec![one(single)?]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(class: &str, changes: Value) -> Result<ModelConfig, ModelError> {
+        let mut json = json!({
+            "architectures": [class], "hidden_act": "silu", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        });
+        for (key, value) in changes.as_object().unwrap() {
+            match value.as_str() {
+                Some("absent") => json.as_object_mut().unwrap().remove(key),
+                _ => json.as_object_mut().unwrap().insert(key.clone(), value.clone()),
+            };
+        }
+        ModelConfig::from_json(&json)
+    }
+
+    #[test]
+    fn keys_that_a_file_leaves_out_have_their_class_defaults() {
+        let absent = json!({
+            "rope_theta": "absent", "hidden_act": "absent", "max_position_embeddings": "absent", "num_key_value_heads": "absent",
+        });
+        let llama = read("LlamaForCausalLM", absent.clone()).unwrap();
+        assert_eq!((llama.rope.theta, llama.activation, llama.max_positions), (10000.0, Activation::Silu, 2048));
+        assert_eq!(llama.kv_heads, 8);
+        let mistral = read("MistralForCausalLM", absent).unwrap();
+        assert_eq!((mistral.max_positions, mistral.kv_heads, mistral.windows[0]), (131_072, 8, Some(4096)));
+        let qwen = json!({"use_sliding_window": true, "num_hidden_layers": 30, "sliding_window": 16});
+        let qwen = read("Qwen2ForCausalLM", qwen).unwrap();
+        assert_eq!((qwen.windows[27], qwen.windows[28]), (None, Some(16)));
+    }
+
+    #[test]
+    fn null_is_not_the_class_default() {
+        let null = json!({
+            "num_key_value_heads": null, "sliding_window": null, "head_dim": null, "rope_scaling": null,
+            "quantization_config": null, "eos_token_id": null, "layer_types": null,
+        });
+        let config = read("MistralForCausalLM", null).unwrap();
+        assert_eq!((config.kv_heads, config.windows[0], config.head_dim), (8, None, 4));
+        let config = read("Qwen2ForCausalLM", json!({"use_sliding_window": true, "sliding_window": null})).unwrap();
+        assert_eq!(config.windows, vec![None; 4]);
+        assert!(read("x", json!({"architectures": null, "model_type": "llama"})).is_ok());
+    }
+
+    #[test]
+    fn windows_survive_the_way_through_json_in_every_family() {
+        for class in ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"] {
+            for windows in [vec![None; 4], vec![Some(7); 4], vec![None, Some(7), None, Some(7)]] {
+                let config = ModelConfig { windows, ..read(class, json!({})).unwrap() };
+                assert_eq!(ModelConfig::from_json(&config.to_json()).unwrap(), config);
+            }
+        }
+    }
+
+    #[test]
+    fn whole_numbers_may_be_spelled_as_floats() {
+        let config = json!({"vocab_size": 1e4, "max_position_embeddings": 2048.0, "rope_theta": 1000042});
+        let config = read("LlamaForCausalLM", config).unwrap();
+        assert_eq!((config.vocab_size, config.max_positions, config.rope.theta), (10000, 2048, 1_000_042.0));
+        for wrong in [json!(64.5), json!(-1), json!(1e300), json!("64"), json!([64])] {
+            let error = read("LlamaForCausalLM", json!({"vocab_size": wrong})).unwrap_err().to_string();
+            assert!(error.contains("`vocab_size`"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_value_of_the_wrong_type_names_its_field() {
+        for (field, value) in [
+            ("hidden_size", json!("32")),
+            ("tie_word_embeddings", json!(1)),
+            ("rope_scaling", json!({"rope_type": "linear", "factor": "2"})),
+            ("quantization_config", json!("bitnet")),
+            ("layer_types", json!("full_attention")),
+        ] {
+            let error = read("LlamaForCausalLM", json!({field: value})).unwrap_err().to_string();
+            assert!(error.contains(&format!("`{field}`")), "{error}");
+        }
+        assert!(ModelConfig::from_json(&json!([1])).unwrap_err().to_string().contains("config.json"));
+    }
+
+    #[test]
+    fn rope_sections_per_kind_of_layer_are_read_where_they_agree_and_refused_where_not() {
+        let section = |theta: f64| json!({"rope_type": "linear", "factor": 2.0, "rope_theta": theta});
+        let both = |a, b| {
+            let sections = json!({"full_attention": section(a), "sliding_attention": section(b)});
+            read("LlamaForCausalLM", json!({"rope_theta": "absent", "rope_parameters": sections}))
+        };
+        let config = both(5000.0, 5000.0).unwrap();
+        assert_eq!((config.rope.theta, config.rope.scaling), (5000.0, RopeScaling::Linear { factor: 2.0 }));
+        let error = both(5000.0, 6000.0).unwrap_err().to_string();
+        assert!(error.contains("`rope_parameters`"), "{error}");
+    }
+
+    #[test]
+    fn an_inner_norm_needs_a_usable_epsilon() {
+        let q = |eps: f64| {
+            let q = json!({"quant_method": "bitnet", "use_rms_norm": true, "rms_norm_eps": eps});
+            read("LlamaForCausalLM", json!({"quantization_config": q}))
+        };
+        assert_eq!(q(1e-6).unwrap().inner_norm_eps, Some(1e-6));
+        assert!(q(-1.0).unwrap_err().to_string().contains("quantization_config.rms_norm_eps"));
     }
 }
