@@ -35,8 +35,9 @@ impl ModelConfig {
             (Family::Llama, Some(1..)) => Family::Mistral,
             _ => family,
         };
-        let (hidden_size, heads) = (keys.need_size("embedding_length")?, keys.need_size("attention.head_count")?);
         let num_layers = keys.need_size("block_count")?;
+        let need_uniform = |key: &str| required(&keys.name(key), keys.per_layer(key, num_layers)?);
+        let (hidden_size, heads) = (keys.need_size("embedding_length")?, need_uniform("attention.head_count")?);
         let head_dim = match keys.size("attention.key_length")? {
             Some(given) => given,
             None if heads > 0 && hidden_size % heads == 0 => hidden_size / heads,
@@ -65,7 +66,7 @@ impl ModelConfig {
                 None => file.tensor("token_embd.weight")?.shape().first().copied().unwrap_or(0),
             },
             hidden_size,
-            intermediate_size: keys.need_size("feed_forward_length")?,
+            intermediate_size: need_uniform("feed_forward_length")?,
             num_layers,
             heads,
             kv_heads: keys.per_layer("attention.head_count_kv", num_layers)?.unwrap_or(heads),
@@ -105,15 +106,14 @@ impl ModelConfig {
     /// # Errors
     /// When GGUF has no key for something this configuration needs, naming it.
     pub fn to_gguf(&self) -> Result<Vec<(String, Value)>, ModelError> {
-        let arch = match self.family {
+        let arch = match (self.family, self.activation) {
             // Names differ by activation, not by class: a SubLN model with SiLU is `bitnet` whoever trained it.
-            Family::BitNet => "bitnet-b1.58",
-            Family::BitNetSilu => "bitnet",
-            Family::Qwen2 => "qwen2",
-            Family::Llama | Family::Mistral => "llama",
+            (Family::BitNet | Family::BitNetSilu, Activation::Relu2) => "bitnet-b1.58",
+            (Family::BitNet | Family::BitNetSilu, Activation::Silu) => "bitnet",
+            (Family::Qwen2, _) => "qwen2",
+            (Family::Llama | Family::Mistral, _) => "llama",
         };
-        let fixed = if self.family == Family::BitNet { Activation::Relu2 } else { Activation::Silu };
-        if self.activation != fixed {
+        if !self.sub_norms && self.activation != Activation::Silu {
             return Err(value_error("hidden_act", format!("{:?}", self.activation), format!("what GGUF `{arch}` fixes")));
         }
         let window = self.windows[0];
@@ -221,7 +221,11 @@ impl Keys<'_> {
             Some((first, rest)) if values.len() == layers && rest.iter().all(|v| v == first) => {
                 Ok(Some(usize::try_from(*first).unwrap_or(usize::MAX)))
             }
-            _ => Err(value_error(&name, format!("{values:?}"), format!("one value, the same for all {layers} layers"))),
+            _ => {
+                let shown: Vec<String> = values.iter().take(8).map(u64::to_string).collect();
+                let found = format!("{} values ({} ...)", values.len(), shown.join(", "));
+                Err(value_error(&name, found, format!("one value, the same for all {layers} layers")))
+            }
         }
     }
 }
@@ -246,10 +250,7 @@ fn rope(keys: &Keys, file: &Checkpoint, head_dim: usize, max_positions: usize) -
         (Some("yarn"), Some(factor)) => {
             let factor = f64::from(factor);
             let extra = keys.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
-            let original = match keys.size("rope.scaling.original_context_length")? {
-                Some(original) => original,
-                None => (max_positions as f64 / factor) as usize,
-            };
+            let original = keys.size("rope.scaling.original_context_length")?.unwrap_or(max_positions);
             RopeScaling::Yarn {
                 factor,
                 original,
@@ -278,4 +279,78 @@ fn rope(keys: &Keys, file: &Checkpoint, head_dim: usize, max_positions: usize) -
         }
     };
     Ok(Rope { theta: f64::from(theta), rotary_dim, scaling })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Shape;
+    use crate::format::TensorSpec;
+    use crate::format::gguf::GgufWriter;
+
+    fn llama() -> ModelConfig {
+        let shape = Shape {
+            vocab_size: 8,
+            hidden_size: 8,
+            intermediate_size: 16,
+            num_layers: 2,
+            heads: 2,
+            kv_heads: 1,
+            max_positions: 64,
+            rope_theta: 1e4,
+            tied: true,
+            sub_norms: false,
+            activation: Activation::Silu,
+        };
+        ModelConfig::fresh(&shape, false).unwrap()
+    }
+
+    /// The configuration of a file with the keys of [`llama`] and these on top.
+    fn read(keys: &[(&str, Value)]) -> Result<ModelConfig, ModelError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.gguf");
+        let mut metadata = Metadata::new();
+        for (key, value) in llama().to_gguf().unwrap() {
+            metadata.insert(key, value);
+        }
+        for (key, value) in keys {
+            metadata.insert(format!("llama.{key}"), value.clone());
+        }
+        let embedding =
+            TensorSpec { name: "token_embd.weight".into(), shape: vec![8, 8], encoding: Encoding::F32 };
+        let mut writer = GgufWriter::create(&path, &metadata, vec![embedding]).unwrap();
+        writer.tensor(&[0; 256]).unwrap();
+        writer.finish().unwrap();
+        let file = Checkpoint::open(&path).unwrap();
+        ModelConfig::from_gguf(&file, file.gguf_metadata().unwrap())
+    }
+
+    #[test]
+    fn sizes_may_be_given_per_layer_where_layers_agree() {
+        let each = |n: u32, m: u32| Value::Array(Array::U32(vec![n, m]));
+        for key in ["attention.head_count", "attention.head_count_kv", "feed_forward_length"] {
+            let config = read(&[(key, each(2, 2))]).unwrap();
+            assert!([config.heads, config.kv_heads, config.intermediate_size].contains(&2), "{key}");
+            let error = read(&[(key, each(2, 1))]).unwrap_err().to_string();
+            assert!(error.contains(key) && error.contains("all 2 layers"), "{error}");
+        }
+    }
+
+    #[test]
+    fn yarn_without_an_original_context_extends_the_context_length() {
+        let keys = [("rope.scaling.type", Value::String("yarn".into())), ("rope.scaling.factor", Value::F32(4.0))];
+        let scaling = read(&keys).unwrap().rope.scaling;
+        assert!(matches!(scaling, RopeScaling::Yarn { original: 64, .. }), "{scaling:?}");
+    }
+
+    #[test]
+    fn the_architecture_of_a_subln_model_follows_its_activation() {
+        for (activation, arch) in [(Activation::Silu, "bitnet"), (Activation::Relu2, "bitnet-b1.58")] {
+            for family in [Family::BitNet, Family::BitNetSilu] {
+                let config = ModelConfig { family, activation, sub_norms: true, ..llama() };
+                assert_eq!(config.to_gguf().unwrap()[0].1, Value::String(arch.into()));
+            }
+        }
+        assert!(ModelConfig { activation: Activation::Relu2, ..llama() }.to_gguf().is_err());
+    }
 }
