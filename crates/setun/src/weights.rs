@@ -53,7 +53,7 @@ impl<'a> Weights<'a> {
         self.file.release(&tensor.info);
         Ok(match self.interleaved_heads(name) {
             None => weight,
-            Some(heads) => split_pairs(weight, heads),
+            Some(heads) => split_pairs(weight, heads, self.config.rope.rotary_dim),
         })
     }
 
@@ -69,7 +69,8 @@ impl<'a> Weights<'a> {
         expect_shape(&tensor, &[len])?;
         let mut values = tensor.to_f32()?;
         if let Some(heads) = self.interleaved_heads(name) {
-            values = split_pair_rows(heads, len, 1).map(|row| values[row]).collect();
+            let rows = split_pair_rows(heads, self.config.rope.rotary_dim, len, 1);
+            values = rows.map(|row| values[row]).collect();
         }
         if let Some(scale) = self.bias_scale(name)? {
             values.iter_mut().for_each(|v| *v *= scale);
@@ -301,41 +302,53 @@ fn rescale(matrix: TernaryMatrix, extra: Option<f32>, name: &str) -> Result<Tern
 }
 
 /// For each row in half-split order, the row that holds it in neighbouring-pair order: inside a head of `d` rows, pair `j`
-/// is rows `2j` and `2j + 1` there, `j` and `j + d/2` here.
-pub(crate) fn split_pair_rows(heads: usize, rows: usize, width: usize) -> impl Iterator<Item = usize> {
+/// is rows `2j` and `2j + 1` there, `j` and `j + r/2` here, `r` being the `rotary` rows that rotate; the rest stay.
+pub(crate) fn split_pair_rows(
+    heads: usize,
+    rotary: usize,
+    rows: usize,
+    width: usize,
+) -> impl Iterator<Item = usize> {
     let d = rows / heads.max(1);
     (0..rows).flat_map(move |row| {
         let (head, at) = (row / d, row % d);
-        let from = head * d + if at < d / 2 { 2 * at } else { 2 * (at - d / 2) + 1 };
+        let half = rotary.min(d) / 2;
+        let from = match at {
+            _ if at < half => 2 * at,
+            _ if at < 2 * half => 2 * (at - half) + 1,
+            _ => at,
+        };
+        let from = head * d + from;
         from * width..(from + 1) * width
     })
 }
 
-fn split_pairs(weight: Weight, heads: usize) -> Weight {
+fn split_pairs(weight: Weight, heads: usize, rotary: usize) -> Weight {
+    let split = |rows, width| split_pair_rows(heads, rotary, rows, width);
     match weight {
         Weight::Dense(matrix) => {
             let (rows, cols) = (matrix.rows(), matrix.cols());
-            let elements = || split_pair_rows(heads, rows, cols);
+            let elements = || split(rows, cols);
             let data = match matrix.data() {
                 DenseData::F32(values) => DenseData::F32(elements().map(|i| values[i]).collect()),
                 DenseData::F16(values) => DenseData::F16(elements().map(|i| values[i]).collect()),
                 DenseData::BF16(values) => DenseData::BF16(elements().map(|i| values[i]).collect()),
                 DenseData::Q8_0(bytes) => {
                     let row_bytes = bytes.len() / rows.max(1);
-                    DenseData::Q8_0(split_pair_rows(heads, rows, row_bytes).map(|i| bytes[i]).collect())
+                    DenseData::Q8_0(split(rows, row_bytes).map(|i| bytes[i]).collect())
                 }
             };
             Weight::Dense(DenseMatrix::new(rows, cols, data).expect("rows are only reordered"))
         }
         Weight::Ternary(matrix) => {
             let rows = matrix.rows();
-            let codes = split_pair_rows(heads, rows, matrix.row_bytes()).map(|i| matrix.codes()[i]).collect();
+            let codes = split(rows, matrix.row_bytes()).map(|i| matrix.codes()[i]).collect();
             let scales = match matrix.scales() {
                 Scales::Tensor(scale) => Scales::Tensor(*scale),
-                Scales::Row(values) => Scales::Row(split_pair_rows(heads, rows, 1).map(|r| values[r]).collect()),
+                Scales::Row(values) => Scales::Row(split(rows, 1).map(|r| values[r]).collect()),
                 Scales::Block { rows: 1, cols, values } => {
                     let per_row = matrix.cols().div_ceil(*cols);
-                    let values = split_pair_rows(heads, rows, per_row).map(|i| values[i]).collect();
+                    let values = split(rows, per_row).map(|i| values[i]).collect();
                     Scales::Block { rows: 1, cols: *cols, values }
                 }
                 // Blocks of several rows could only be reordered whole; no reader makes them for these families.
@@ -366,7 +379,13 @@ mod tests {
 
     #[test]
     fn pairs_are_split_inside_each_head() {
-        assert_eq!(split_pair_rows(2, 8, 1).collect::<Vec<_>>(), [0, 2, 1, 3, 4, 6, 5, 7]);
-        assert_eq!(split_pair_rows(1, 4, 2).collect::<Vec<_>>(), [0, 1, 4, 5, 2, 3, 6, 7]);
+        assert_eq!(split_pair_rows(2, 4, 8, 1).collect::<Vec<_>>(), [0, 2, 1, 3, 4, 6, 5, 7]);
+        assert_eq!(split_pair_rows(1, 4, 4, 2).collect::<Vec<_>>(), [0, 1, 4, 5, 2, 3, 6, 7]);
+    }
+
+    #[test]
+    fn rows_that_do_not_rotate_stay_where_they_are() {
+        let rows: Vec<usize> = split_pair_rows(2, 4, 12, 1).collect();
+        assert_eq!(rows, [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]);
     }
 }

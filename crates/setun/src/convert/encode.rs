@@ -65,7 +65,7 @@ impl<'a> Encoder<'a> {
         };
         let tail = if spec.encoding == Encoding::I2S { 32 } else { 0 };
         Ok(match item.interleave {
-            Some(heads) => interleave(&bytes, spec.shape[0], heads, tail),
+            Some(heads) => interleave(&bytes, spec.shape[0], heads, job.config.rope.rotary_dim, tail),
             None => bytes,
         })
     }

@@ -99,15 +99,15 @@ pub(super) struct Item {
     pub interleave: Option<usize>,
 }
 
-/// Puts the rows of each head from split halves into neighbouring pairs: rows `j` and `j + d/2` become `2j` and
-/// `2j + 1`. `tail` bytes after the rows stay where they are.
-pub(super) fn interleave(bytes: &[u8], rows: usize, heads: usize, tail: usize) -> Vec<u8> {
+/// Puts the rows of each head from split halves into neighbouring pairs: of the `rotary` rows that rotate, `j` and
+/// `j + rotary/2` become `2j` and `2j + 1`. `tail` bytes after the rows stay where they are.
+pub(super) fn interleave(bytes: &[u8], rows: usize, heads: usize, rotary: usize, tail: usize) -> Vec<u8> {
     let row_bytes = (bytes.len() - tail) / rows;
     let d = rows / heads;
     let mut out = Vec::with_capacity(bytes.len());
     for row in 0..rows {
         let (head, at) = (row / d, row % d);
-        let from = head * d + at / 2 + at % 2 * (d / 2);
+        let from = head * d + if at < rotary { at / 2 + at % 2 * (rotary / 2) } else { at };
         out.extend_from_slice(&bytes[from * row_bytes..][..row_bytes]);
     }
     out.extend_from_slice(&bytes[rows * row_bytes..]);
@@ -123,10 +123,12 @@ mod tests {
     fn interleaving_is_undone_by_the_reader_of_gguf() {
         let (heads, rows, width) = (3, 24, 2);
         let bytes: Vec<u8> = (0..rows * width + 5).map(|i| i as u8).collect();
-        let stored = interleave(&bytes, rows, heads, 5);
-        let back: Vec<u8> = split_pair_rows(heads, rows, width).map(|i| stored[i]).collect();
-        assert_eq!(back, bytes[..rows * width]);
-        assert_eq!(stored[rows * width..], bytes[rows * width..]);
-        assert_ne!(stored, bytes);
+        for rotary in [8, 4] {
+            let stored = interleave(&bytes, rows, heads, rotary, 5);
+            let back: Vec<u8> = split_pair_rows(heads, rotary, rows, width).map(|i| stored[i]).collect();
+            assert_eq!(back, bytes[..rows * width]);
+            assert_eq!(stored[rows * width..], bytes[rows * width..]);
+            assert_ne!(stored, bytes);
+        }
     }
 }
