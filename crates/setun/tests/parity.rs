@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use setun::config::ModelConfig;
 use setun::cpu::ActivationType;
 use setun::engine::{Engine, EngineOptions};
+use setun::error::ModelError;
 use setun::format::Checkpoint;
+use setun::format::gguf::{Array, Value};
 use setun::kv_cache::KvType;
 use setun_kernels::Kernels;
 
@@ -230,5 +232,93 @@ fn configurations_survive_the_way_through_json() {
         let Ok(text) = std::fs::read_to_string(folder.join("config.json")) else { continue };
         let config = ModelConfig::from_json(&serde_json::from_str(&text).unwrap()).unwrap();
         assert_eq!(ModelConfig::from_json(&config.to_json()).unwrap(), config, "{}", folder.display());
+    }
+}
+
+/// Loads `path` under a changed configuration and runs a few tokens; whatever happens, it must not panic.
+fn try_config(path: &Path, read: impl Fn(&Checkpoint) -> Result<ModelConfig, ModelError>) -> Result<(), String> {
+    let file = Checkpoint::open(path).unwrap();
+    let config = read(&file).map_err(|e| e.to_string())?;
+    let options = EngineOptions { threads: Some(1), ..EngineOptions::default() };
+    let engine = Engine::load(&file, config, &options).map_err(|e| e.to_string())?;
+    let mut session = engine.session(KvType::F16, None);
+    session.feed(&[1, 2, 3]).map_err(|e| e.to_string())?;
+    session.feed(&[4]).map(drop).map_err(|e| e.to_string())
+}
+
+#[test]
+fn hostile_values_in_a_config_are_errors_or_harmless() {
+    use serde_json::json;
+    let values = [
+        json!(null), json!(0), json!(1), json!(-1), json!(3), json!(1u64 << 31), json!(u64::MAX), json!(1e300), json!(1e-300),
+        json!(0.5), json!(true), json!("x"), json!([]), json!({}), json!([1, "x"]), json!([4_000_000_000u32]),
+    ];
+    let scalings = ["linear", "dynamic", "yarn", "llama3"].map(|kind| {
+        json!({"rope_type": kind, "factor": 2.0, "original_max_position_embeddings": 2, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.0})
+    });
+    for name in ["llama-bitnet-packed", "qwen2-bias"] {
+        let folder = golden().join(name);
+        let text = std::fs::read_to_string(folder.join("config.json")).unwrap();
+        let original: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let mut keys: Vec<String> = original.as_object().unwrap().keys().cloned().collect();
+        keys.extend(["head_dim", "partial_rotary_factor", "layer_types", "rope_parameters"].map(String::from));
+        for key in &keys {
+            for value in &values {
+                let mut json = original.clone();
+                json[key] = value.clone();
+                if let Err(error) = try_config(&folder, |_| ModelConfig::from_json(&json)) {
+                    let named = error.contains('`') || error.contains("context is full");
+                    assert!(named && error.len() < 400, "{key} = {value}: {error}");
+                }
+            }
+        }
+        for scaling in &scalings {
+            for key in scaling.as_object().unwrap().keys() {
+                for value in &values {
+                    let mut json = original.clone();
+                    json["max_position_embeddings"] = json!(64);
+                    json["rope_scaling"] = scaling.clone();
+                    json["rope_scaling"][key] = value.clone();
+                    let _ = try_config(&folder, |_| ModelConfig::from_json(&json));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn hostile_values_in_gguf_keys_are_errors_or_harmless() {
+    let values = [
+        Value::U32(0), Value::U32(1), Value::U32(3), Value::I32(-1), Value::U32(u32::MAX), Value::U64(u64::MAX),
+        Value::F32(0.0), Value::F32(-1.0), Value::F32(f32::NAN), Value::F32(f32::INFINITY), Value::F32(1e-38), Value::F32(0.5),
+        Value::String("yarn".into()), Value::String("linear".into()), Value::String(String::new()),
+        Value::Array(Array::U32(Vec::new())), Value::Array(Array::U32(vec![1, 2])), Value::Array(Array::U32(vec![u32::MAX; 2])),
+    ];
+    for name in ["llama-bf16-gguf", "bitnet-tied-packed-small-gguf"] {
+        let mut files = std::fs::read_dir(golden().join(name)).unwrap().map(|f| f.unwrap().path());
+        let path = files.find(|f| f.extension().is_some_and(|e| e == "gguf")).unwrap();
+        let file = Checkpoint::open(&path).unwrap();
+        let metadata = file.gguf_metadata().unwrap();
+        let arch = metadata.str("general.architecture").unwrap().unwrap();
+        let mut keys: Vec<String> = metadata.iter().map(|(key, _)| key.to_owned()).collect();
+        keys.retain(|key| key.starts_with(arch) || key.ends_with("_token_id"));
+        let more = ["rope.scaling.factor", "rope.scaling.type", "rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast",
+            "rope.scaling.original_context_length", "attention.key_length", "attention.sliding_window"];
+        keys.extend(more.map(|key| format!("{arch}.{key}")));
+        for scaling in [None, Some("linear"), Some("yarn")] {
+            for (key, value) in keys.iter().flat_map(|key| values.iter().map(move |value| (key, value))) {
+                let mut changed = metadata.clone();
+                if let Some(kind) = scaling {
+                    changed.insert(format!("{arch}.rope.scaling.type"), Value::String(kind.into()));
+                    changed.insert(format!("{arch}.rope.scaling.factor"), Value::F32(2.0));
+                }
+                changed.insert(key.clone(), value.clone());
+                if let Err(error) = try_config(&path, |file| ModelConfig::from_gguf(file, &changed)) {
+                    let named = error.contains('`') || error.contains("context is full");
+                    assert!(named && error.len() < 400, "{key} = {value:?}: {error}");
+                }
+            }
+        }
     }
 }
