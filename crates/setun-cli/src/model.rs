@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use setun::config::ModelConfig;
 use setun::cpu::ActivationType;
 use setun::engine::{Engine, EngineOptions};
@@ -11,7 +11,7 @@ use setun::kv_cache::KvType;
 use setun::tokenizer::Tokenizer;
 use setun_kernels::Kernels;
 
-use crate::{WrongUsage, default_model};
+use crate::default_model;
 
 /// How a model is loaded and run.
 #[derive(clap::Args, Debug, Clone)]
@@ -81,18 +81,14 @@ impl LoadArgs {
 
 /// Opens the model that the user named, or the one in the program.
 pub fn open(model: Option<&Path>) -> Result<Checkpoint> {
-    match (model, default_model::BYTES) {
-        (Some(path), _) if !path.exists() && looks_like_hub_name(path) => Err(anyhow::anyhow!(
+    let Some(path) = model else { return Ok(Checkpoint::from_bytes(default_model::NAME, default_model::BYTES)?) };
+    if !path.exists() && looks_like_hub_name(path) {
+        bail!(
             "there is no file or folder `{}`, and models cannot be fetched from a hub yet: download it and name its folder",
             path.display()
-        )),
-        (Some(path), _) => Ok(Checkpoint::open(path)?),
-        (None, Some(bytes)) => Ok(Checkpoint::from_bytes(default_model::NAME, bytes)?),
-        (None, None) => {
-            Err(WrongUsage("this build has no default model in it: name a model file or folder".into())
-                .into())
-        }
+        );
     }
+    Ok(Checkpoint::open(path)?)
 }
 
 /// Opens a tokenizer in a file or folder of its own.

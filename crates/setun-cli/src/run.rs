@@ -318,7 +318,11 @@ fn stop_name(stop: Stop) -> &'static str {
 fn summary(report: &Report, first: Option<Duration>, sampling: &Sampling) -> String {
     let mut parts = vec![
         format!("prompt {} tokens at {} tok/s", report.prompt_tokens, output::rate(report.prefill_rate())),
-        format!("{} new tokens at {} tok/s", report.new_ids.len(), output::rate(report.decode_rate())),
+        // The first token comes with the prompt's logits, so one alone has no rate.
+        match report.new_ids.len() {
+            1 => "1 new token".to_owned(),
+            n => format!("{n} new tokens at {} tok/s", output::rate(report.decode_rate())),
+        },
     ];
     parts.extend(first.map(|first| format!("first text after {:.3} s", first.as_secs_f64())));
     parts.extend(memory::peak_resident().map(|peak| format!("memory {}", output::bytes(peak))));
