@@ -180,6 +180,32 @@ impl<'e> Session<'e> {
         Ok(&self.logits)
     }
 
+    /// Logits of the positions of `ids` from `from` on, in batches, so that memory holds those of [`PREFILL_BATCH`] positions
+    /// at most: `each` receives the index of a batch's first position and its logits. The same bits as [`Session::feed_all`].
+    ///
+    /// # Errors
+    /// As [`Session::feed`].
+    pub fn feed_each(
+        &mut self,
+        ids: &[u32],
+        from: usize,
+        each: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), ModelError> {
+        self.check(ids)?;
+        let length = self.cache.len() + ids.len();
+        let mut first = 0;
+        for chunk in ids.chunks(PREFILL_BATCH) {
+            if first + chunk.len() <= from {
+                self.pass(chunk, length, Want::Nothing, None);
+            } else {
+                self.pass(chunk, length, Want::All, None);
+                each(first, &self.logits);
+            }
+            first += chunk.len();
+        }
+        Ok(())
+    }
+
     fn check(&self, ids: &[u32]) -> Result<(), ModelError> {
         if ids.is_empty() {
             return Err(ModelError::EmptyPrompt);

@@ -77,12 +77,14 @@ pub fn perplexity(
         let end = if scored == 1 { context } else { scored + stride }.min(ids.len());
         let begin = end.saturating_sub(context);
         session.truncate(0);
-        let logits = session.feed_all(&ids[begin..end - 1], None)?;
-        for (row, &target) in logits.chunks_exact(vocab).zip(&ids[begin + 1..end]).skip(scored - begin - 1) {
-            let log_sum = engine.kernels().log_sum_exp(row);
-            result.nats += f64::from(log_sum - row[target as usize]);
-            result.tokens += 1;
-        }
+        let (targets, new) = (&ids[begin + 1..end], scored - begin - 1);
+        session.feed_each(&ids[begin..end - 1], new, &mut |first, logits| {
+            for (row, &target) in logits.chunks_exact(vocab).zip(&targets[first..]).skip(new.saturating_sub(first)) {
+                let log_sum = engine.kernels().log_sum_exp(row);
+                result.nats += f64::from(log_sum - row[target as usize]);
+                result.tokens += 1;
+            }
+        })?;
         scored = end;
         progress(result.tokens, ids.len() - 1);
     }
@@ -129,6 +131,27 @@ mod tests {
             })
             .sum();
         assert!((found.nats - nats).abs() < 1e-3, "{} and {nats}", found.nats);
+    }
+
+    #[test]
+    fn batches_of_a_long_window_give_the_sum_of_one_pass() {
+        let (engine, tokenizer) = model();
+        // Beyond the model's 512 positions, so that a window takes more than one batch.
+        let mut config = engine.config().clone();
+        config.max_positions = 2000;
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/models/bitnet-tied-packed-small");
+        let file = crate::format::Checkpoint::open(folder).unwrap();
+        let engine = Engine::load(&file, config, &EngineOptions::default()).unwrap();
+        let text = "He had fallen back, and nobody knew why. ".repeat(40);
+        let ids = tokenizer.encode(&text, true).unwrap();
+        assert!((600..2000).contains(&ids.len()), "{}", ids.len());
+        let windows = Windows { context: 2000, stride: 1000 };
+        let found = perplexity(&engine, &tokenizer, &text, windows, &mut |_, _| {}).unwrap();
+        let mut session = engine.session(KvType::F32, None);
+        let logits = session.feed_all(&ids[..ids.len() - 1], None).unwrap();
+        let rows = logits.chunks(engine.config().vocab_size).zip(&ids[1..]);
+        let nats: f64 = rows.map(|(row, &id)| f64::from(engine.kernels().log_sum_exp(row) - row[id as usize])).sum();
+        assert_eq!((found.nats, found.tokens), (nats, ids.len() - 1));
     }
 
     #[test]
