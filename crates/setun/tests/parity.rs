@@ -322,3 +322,22 @@ fn hostile_values_in_gguf_keys_are_errors_or_harmless() {
         }
     }
 }
+
+#[test]
+fn weights_overwritten_with_one_byte_are_an_error_or_run() {
+    for name in ["rope-llama-default", "llama-bitnet-packed", "qwen2-bias"] {
+        // Floats become NaN, huge, and 0; packed codes what no trit is.
+        for byte in [0xff, 0x7f, 0x00] {
+            let folder = tempfile::tempdir().unwrap();
+            let source = golden().join(name);
+            std::fs::copy(source.join("config.json"), folder.path().join("config.json")).unwrap();
+            let mut bytes = std::fs::read(source.join("model.safetensors")).unwrap();
+            let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+            bytes[header..].fill(byte);
+            std::fs::write(folder.path().join("model.safetensors"), &bytes).unwrap();
+            if let Err(error) = try_config(folder.path(), ModelConfig::of) {
+                assert!(name.contains("bitnet") && error.contains("q_proj.weight"), "{name}: {error}");
+            }
+        }
+    }
+}
