@@ -101,7 +101,7 @@ impl<'a> Weights<'a> {
             Storage::Masters => {
                 expect_shape(tensor, &[rows, cols])?;
                 let (trits, scale) = quant::quantize_absmean(&finite(tensor)?);
-                return self.from_trits(tensor.name(), rows, cols, &trits, scale);
+                return Self::one_scale(tensor.name(), rows, cols, &trits, scale);
             }
             Storage::SelfDescribed => {
                 expect_shape(tensor, &[rows, cols])?;
@@ -155,10 +155,10 @@ impl<'a> Weights<'a> {
                 }
             });
         }
-        self.from_trits(tensor.name(), rows, cols, &trits, magnitude * extra.unwrap_or(1.0))
+        Self::one_scale(tensor.name(), rows, cols, &trits, magnitude * extra.unwrap_or(1.0))
     }
 
-    fn from_trits(&self, name: &str, rows: usize, cols: usize, trits: &[i8], scale: f32) -> Result<Weight, ModelError> {
+    fn one_scale(name: &str, rows: usize, cols: usize, trits: &[i8], scale: f32) -> Result<Weight, ModelError> {
         TernaryMatrix::from_trits(rows, cols, trits, Scales::Tensor(scale))
             .map(Weight::Ternary)
             .map_err(|e| ModelError::tensor(name, e.to_string()))
