@@ -81,7 +81,9 @@ impl LoadArgs {
 
 /// Opens the model that the user named, or the one in the program.
 pub fn open(model: Option<&Path>) -> Result<Checkpoint> {
-    let Some(path) = model else { return Ok(Checkpoint::from_bytes(default_model::NAME, default_model::BYTES)?) };
+    let Some(path) = model else {
+        return Ok(Checkpoint::from_bytes(default_model::NAME, default_model::BYTES)?);
+    };
     if !path.exists() && looks_like_hub_name(path) {
         bail!(
             "there is no file or folder `{}`, and models cannot be fetched from a hub yet: download it and name its folder",

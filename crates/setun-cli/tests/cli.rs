@@ -321,7 +321,19 @@ fn without_arguments_the_default_model_tells_a_story() {
 #[test]
 fn the_default_model_tells_one_story_per_seed_on_every_kernel() {
     let story = |kernel: &str, seed: &str| {
-        stdout(&["run", "-p", "Once upon a time", "-n", "60", "--seed", seed, "--kernel", kernel, "--threads", "2"])
+        stdout(&[
+            "run",
+            "-p",
+            "Once upon a time",
+            "-n",
+            "60",
+            "--seed",
+            seed,
+            "--kernel",
+            kernel,
+            "--threads",
+            "2",
+        ])
     };
     let names: Vec<&str> = setun_kernels::Kernels::available().map(|k| k.name()).collect();
     for name in &names[1..] {
@@ -333,7 +345,11 @@ fn the_default_model_tells_one_story_per_seed_on_every_kernel() {
 #[test]
 fn perplexity_of_the_default_model_on_a_simple_story_is_low_and_does_not_depend_on_the_kernel() {
     let file = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(file.path(), "Once upon a time, there was a little girl named Lily. She loved to play with her toys.").unwrap();
+    std::fs::write(
+        file.path(),
+        "Once upon a time, there was a little girl named Lily. She loved to play with her toys.",
+    )
+    .unwrap();
     let path = file.path().display().to_string();
     let found = |kernel: &str| json(&["eval", "ppl", "--file", &path, "--json", "--kernel", kernel]);
     let best = found(setun_kernels::Kernels::best().name());

@@ -3,9 +3,7 @@
 
 use std::time::Instant;
 
-use setun_kernels::{
-    Activations, Kernels, PackedMatrix, Pool, Scales, TernaryMatrix, peak, threads,
-};
+use setun_kernels::{Activations, Kernels, PackedMatrix, Pool, Scales, TernaryMatrix, peak, threads};
 
 const SHAPE: (usize, usize) = (6912, 2560);
 
@@ -39,26 +37,15 @@ fn main() {
     println!("{} threads, read {:.1} GB/s", pool.threads(), read / 1e9);
     let block = |cols: usize| {
         let values = vec![0.01; rows * (SHAPE.1 / cols)];
-        Scales::Block {
-            rows: 1,
-            cols,
-            values,
-        }
+        Scales::Block { rows: 1, cols, values }
     };
     for k in Kernels::available().filter(|k| k.name() != "scalar") {
         let int8 = peak::int8_peak(k, &pool);
         let float = peak::float_peak(k, &pool);
-        println!(
-            "{}: int8 {:.0} GMAC/s, float {:.0} GFLOP/s",
-            k.name(),
-            int8 / 1e9,
-            float / 1e9
-        );
+        println!("{}: int8 {:.0} GMAC/s, float {:.0} GFLOP/s", k.name(), int8 / 1e9, float / 1e9);
         for (name, scales) in [("tensor", Scales::Tensor(0.01)), ("group 128", block(128))] {
             let matrix = TernaryMatrix::new(rows, cols, codes(rows, cols, 1), scales).unwrap();
-            let set: Vec<_> = (0..96)
-                .map(|_| PackedMatrix::pack(&matrix, k, &pool))
-                .collect();
+            let set: Vec<_> = (0..96).map(|_| PackedMatrix::pack(&matrix, k, &pool)).collect();
             let bytes: usize = set.iter().map(PackedMatrix::bytes).sum();
             for tokens in [1, 2, 4, 6, 8, 64, 512] {
                 let set = if tokens > 8 { &set[..2] } else { &set[..] };
@@ -77,11 +64,7 @@ fn main() {
                 );
                 if tokens <= 8 {
                     let rate = bytes as f64 / s;
-                    print!(
-                        ", {:5.1} GB/s, {:4.1} % of read",
-                        rate / 1e9,
-                        rate / read * 100.0
-                    );
+                    print!(", {:5.1} GB/s, {:4.1} % of read", rate / 1e9, rate / read * 100.0);
                 }
                 println!();
             }
@@ -91,11 +74,7 @@ fn main() {
             TernaryMatrix::new(rows, cols, codes(rows, cols, 1), Scales::Tensor(1.0)).unwrap(),
         );
         let s = seconds(5, || m.requantize(k, &w, &pool));
-        println!(
-            "  requantize {:.2} ms for {} M weights",
-            s * 1e3,
-            w.len() / 1_000_000
-        );
+        println!("  requantize {:.2} ms for {} M weights", s * 1e3, w.len() / 1_000_000);
         let mut packed = PackedMatrix::pack(&m, k, &pool);
         let s = seconds(5, || packed.repack(&m, &pool));
         println!("  repack {:.2} ms", s * 1e3);
@@ -106,8 +85,6 @@ fn main() {
         let s = seconds(500, || acts.quantize(k, &x[..cols], 1, cols, Some(&pool)));
         println!("  quantize 1 x {cols} activations {:.2} us", s * 1e6);
     }
-    let s = seconds(5, || {
-        (0..1000).for_each(|_| pool.run(pool.threads(), &|_| {}))
-    });
+    let s = seconds(5, || (0..1000).for_each(|_| pool.run(pool.threads(), &|_| {})));
     println!("fork and join {:.2} us", s * 1e3);
 }

@@ -79,19 +79,10 @@ impl Kernels {
         out: &mut [f32],
         pool: &Pool,
     ) {
-        let AttentionShape {
-            heads,
-            kv_heads,
-            head_dim,
-            window,
-            ..
-        } = *shape;
+        let AttentionShape { heads, kv_heads, head_dim, window, .. } = *shape;
         let width = heads * head_dim;
         if width == 0 {
-            return assert!(
-                q.is_empty() && out.is_empty(),
-                "attention: the shape has no heads"
-            );
+            return assert!(q.is_empty() && out.is_empty(), "attention: the shape has no heads");
         }
         let tokens = q.len() / width;
         assert!(
@@ -103,20 +94,13 @@ impl Kernels {
             "attention: heads do not share key-value heads"
         );
         assert!(window != Some(0), "attention: a window of 0 sees nothing");
-        assert!(
-            first_position + tokens <= capacity,
-            "attention: positions beyond the cache"
-        );
+        assert!(first_position + tokens <= capacity, "attention: positions beyond the cache");
         let expected = kv_heads * capacity * head_dim;
-        assert!(
-            keys.len() == expected && values.len() == expected,
-            "attention: the cache has another shape"
-        );
+        assert!(keys.len() == expected && values.len() == expected, "attention: the cache has another shape");
         let group = heads / kv_heads;
         // Tokens per task; a prompt that fills less than one task per thread is cut finer.
-        let step = (QUERIES / group)
-            .min((tokens * kv_heads).div_ceil(2 * pool.threads()))
-            .clamp(1, tokens.max(1));
+        let step =
+            (QUERIES / group).min((tokens * kv_heads).div_ceil(2 * pool.threads())).clamp(1, tokens.max(1));
         let tiles = tokens.div_ceil(step);
         let out = Parts::new(out);
         pool.run(tiles * kv_heads, &|task| {
@@ -129,51 +113,44 @@ impl Kernels {
             let rows = (to - from) * group;
             // Rows in fours, so that a tile of scores never ends early.
             let padded = rows.next_multiple_of(4);
-            with_scratch(
-                2 * padded * dims + 2 * BLOCK * dims + padded * SCORES,
-                |scratch| {
-                    let (queries, scratch) = scratch.split_at_mut(padded * dims);
-                    let (sums, scratch) = scratch.split_at_mut(padded * dims);
-                    let (key_block, scratch) = scratch.split_at_mut(BLOCK * dims);
-                    let (value_block, scores) = scratch.split_at_mut(BLOCK * dims);
-                    for row in 0..rows {
-                        let start =
-                            (from + row / group) * width + (head * group + row % group) * head_dim;
-                        let query = &q[start..start + head_dim];
-                        for i in 0..dims {
-                            queries[row * dims + i] = chunk_at(query, i);
-                        }
+            with_scratch(2 * padded * dims + 2 * BLOCK * dims + padded * SCORES, |scratch| {
+                let (queries, scratch) = scratch.split_at_mut(padded * dims);
+                let (sums, scratch) = scratch.split_at_mut(padded * dims);
+                let (key_block, scratch) = scratch.split_at_mut(BLOCK * dims);
+                let (value_block, scores) = scratch.split_at_mut(BLOCK * dims);
+                for row in 0..rows {
+                    let start = (from + row / group) * width + (head * group + row % group) * head_dim;
+                    let query = &q[start..start + head_dim];
+                    for i in 0..dims {
+                        queries[row * dims + i] = chunk_at(query, i);
                     }
-                    queries[rows * dims..].fill([0.0; LANES]);
-                    sums.fill([0.0; LANES]);
-                    let job = Task {
-                        group,
-                        dims,
-                        first: first_position + from,
-                        rows,
-                        scale: shape.scale,
-                        window: window.unwrap_or(usize::MAX),
-                        keys: Head::new(keys, cells.clone(), head_dim),
-                        values: Head::new(values, cells.clone(), head_dim),
-                        queries,
-                        sums: &mut *sums,
-                        key_block,
-                        value_block,
-                        scores,
-                        running: &mut vec![Running::default(); rows],
-                    };
-                    self.lanes(job);
-                    for row in 0..rows {
-                        let start =
-                            (from + row / group) * width + (head * group + row % group) * head_dim;
-                        // SAFETY: a task owns its tokens' part of its heads.
-                        let out = unsafe { out.get(start, head_dim) };
-                        out.copy_from_slice(
-                            &sums[row * dims..(row + 1) * dims].as_flattened()[..head_dim],
-                        );
-                    }
-                },
-            );
+                }
+                queries[rows * dims..].fill([0.0; LANES]);
+                sums.fill([0.0; LANES]);
+                let job = Task {
+                    group,
+                    dims,
+                    first: first_position + from,
+                    rows,
+                    scale: shape.scale,
+                    window: window.unwrap_or(usize::MAX),
+                    keys: Head::new(keys, cells.clone(), head_dim),
+                    values: Head::new(values, cells.clone(), head_dim),
+                    queries,
+                    sums: &mut *sums,
+                    key_block,
+                    value_block,
+                    scores,
+                    running: &mut vec![Running::default(); rows],
+                };
+                self.lanes(job);
+                for row in 0..rows {
+                    let start = (from + row / group) * width + (head * group + row % group) * head_dim;
+                    // SAFETY: a task owns its tokens' part of its heads.
+                    let out = unsafe { out.get(start, head_dim) };
+                    out.copy_from_slice(&sums[row * dims..(row + 1) * dims].as_flattened()[..head_dim]);
+                }
+            });
         });
     }
 }
@@ -266,13 +243,7 @@ struct Running {
 
 impl Default for Running {
     fn default() -> Self {
-        Self {
-            max: f32::NEG_INFINITY,
-            sum: 0.0,
-            rescale: 1.0,
-            from: 0,
-            to: 0,
-        }
+        Self { max: f32::NEG_INFINITY, sum: 0.0, rescale: 1.0, from: 0, to: 0 }
     }
 }
 
@@ -280,14 +251,7 @@ impl Job for Task<'_> {
     type Out = ();
     #[inline(always)]
     fn run<S: Lanes>(mut self, s: S) {
-        let Self {
-            group,
-            dims,
-            first,
-            rows,
-            window,
-            ..
-        } = self;
+        let Self { group, dims, first, rows, window, .. } = self;
         let running = std::mem::take(&mut self.running);
         let last = first + (rows - 1) / group;
         let oldest = (first + 1).saturating_sub(window);
@@ -296,14 +260,8 @@ impl Job for Task<'_> {
             let end = (last + 1).min(start + BLOCK);
             // Positions before the window are neither converted nor looked at.
             let begin = oldest.max(start);
-            self.keys
-                .unpack(s, begin, end, &mut self.key_block[(begin - start) * dims..]);
-            self.values.unpack(
-                s,
-                begin,
-                end,
-                &mut self.value_block[(begin - start) * dims..],
-            );
+            self.keys.unpack(s, begin, end, &mut self.key_block[(begin - start) * dims..]);
+            self.values.unpack(s, begin, end, &mut self.value_block[(begin - start) * dims..]);
             for row in 0..rows {
                 let position = first + row / group;
                 let from = (position + 1).saturating_sub(window).max(start);
@@ -344,13 +302,7 @@ impl Task<'_> {
     /// Scaled dot products of `R` rows from `row` on with keys `from..to` of the block, `K` at a time;
     /// `R * K` is 16. Keys up to the next multiple of `K` are computed as well, and overwritten later.
     #[inline(always)]
-    fn scores<S: Lanes, const R: usize, const K: usize>(
-        &mut self,
-        s: S,
-        row: usize,
-        from: usize,
-        to: usize,
-    ) {
+    fn scores<S: Lanes, const R: usize, const K: usize>(&mut self, s: S, row: usize, from: usize, to: usize) {
         const { assert!(R * K == LANES && (R == 1 || R == 4)) };
         let dims = self.dims;
         let queries: [&[Chunk]; R] = std::array::from_fn(|i| {
@@ -410,8 +362,7 @@ impl Task<'_> {
             let mut dots = [0.0; LANES];
             s.store(s.mul(s.fold_each(&sums), scale), &mut dots);
             for i in 0..R {
-                let scores =
-                    self.scores[(row + i) * SCORES..(row + i + 1) * SCORES].as_flattened_mut();
+                let scores = self.scores[(row + i) * SCORES..(row + i + 1) * SCORES].as_flattened_mut();
                 scores[key..key + K].copy_from_slice(&dots[K * i..K * (i + 1)]);
             }
         }

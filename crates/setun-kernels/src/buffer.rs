@@ -37,11 +37,7 @@ impl Buffer {
     /// `len` zero bytes. Ends the process when there is no memory, as `Vec` does.
     pub(crate) fn zeroed(len: usize) -> Self {
         if len == 0 {
-            return Self {
-                data: NonNull::dangling(),
-                len,
-                origin: Origin::Empty,
-            };
+            return Self { data: NonNull::dangling(), len, origin: Origin::Empty };
         }
         #[cfg(all(feature = "std", target_os = "linux"))]
         if len >= HUGE_PAGE
@@ -52,14 +48,8 @@ impl Buffer {
         let layout = Layout::from_size_align(len, ALIGN).expect("a length that fits in memory");
         // SAFETY: the layout is not empty.
         let data = unsafe { alloc_zeroed(layout) };
-        let Some(data) = NonNull::new(data) else {
-            handle_alloc_error(layout)
-        };
-        Self {
-            data,
-            len,
-            origin: Origin::Heap(layout),
-        }
+        let Some(data) = NonNull::new(data) else { handle_alloc_error(layout) };
+        Self { data, len, origin: Origin::Heap(layout) }
     }
 
     /// Pages straight from the system: they are zero without being touched, so the advice comes first.
@@ -78,11 +68,7 @@ impl Buffer {
         let data = unsafe { start.add(start.align_offset(HUGE_PAGE)) };
         // SAFETY: advice on our own pages; a refusal costs speed only.
         unsafe { libc::madvise(data.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
-        Some(Self {
-            data,
-            len,
-            origin: Origin::Mapped(start, size),
-        })
+        Some(Self { data, len, origin: Origin::Mapped(start, size) })
     }
 }
 

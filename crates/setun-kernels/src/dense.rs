@@ -61,33 +61,17 @@ pub enum DenseError {
 impl std::fmt::Display for DenseError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Length {
-                rows,
-                cols,
-                expected: Some(expected),
-                found,
-            } => {
+            Self::Length { rows, cols, expected: Some(expected), found } => {
                 write!(
                     f,
                     "a dense matrix of {rows} x {cols} takes {expected} elements, but {found} were given"
                 )
             }
-            Self::Length {
-                rows,
-                cols,
-                expected: None,
-                ..
-            } => {
-                write!(
-                    f,
-                    "a dense matrix of {rows} x {cols} is larger than memory can address"
-                )
+            Self::Length { rows, cols, expected: None, .. } => {
+                write!(f, "a dense matrix of {rows} x {cols} is larger than memory can address")
             }
             Self::Blocks { cols } => {
-                write!(
-                    f,
-                    "a Q8_0 matrix has {cols} columns, but its blocks need a multiple of {Q8_0_LEN}"
-                )
+                write!(f, "a Q8_0 matrix has {cols} columns, but its blocks need a multiple of {Q8_0_LEN}")
             }
         }
     }
@@ -120,12 +104,7 @@ impl DenseMatrix {
         };
         match rows.checked_mul(per_row) {
             Some(expected) if expected == found => Ok(Self { rows, cols, data }),
-            expected => Err(DenseError::Length {
-                rows,
-                cols,
-                expected,
-                found,
-            }),
+            expected => Err(DenseError::Length { rows, cols, expected, found }),
         }
     }
 
@@ -156,10 +135,7 @@ impl DenseMatrix {
 
     /// Row `r` in f32, exactly. Panics unless `r < rows` and `out` has `cols` elements.
     pub fn row_f32(&self, r: usize, out: &mut [f32]) {
-        assert!(
-            r < self.rows && out.len() == self.cols,
-            "row_f32: no such row, or `out` is not one row"
-        );
+        assert!(r < self.rows && out.len() == self.cols, "row_f32: no such row, or `out` is not one row");
         let cells = r * self.cols..(r + 1) * self.cols;
         match &self.data {
             DenseData::F32(d) => out.copy_from_slice(&d[cells]),
@@ -169,9 +145,7 @@ impl DenseMatrix {
                 let row = Blocks::row(d, self.cols, r);
                 for (out, block) in out.chunks_exact_mut(Q8_0_LEN).zip(row.0) {
                     let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
-                    out.iter_mut()
-                        .zip(&block[2..])
-                        .for_each(|(o, &q)| *o = scale * f32::from(q as i8));
+                    out.iter_mut().zip(&block[2..]).for_each(|(o, &q)| *o = scale * f32::from(q as i8));
                 }
             }
         }
@@ -180,24 +154,9 @@ impl DenseMatrix {
     /// `out = x Wᵀ`: `x` is `[tokens, cols]`, `out` is `[tokens, rows]`. Panics on other lengths.
     ///
     /// Each output has the bits of [`Kernels::dot`] on the row in f32, whatever `tokens` and `pool` are.
-    pub fn matmul(
-        &self,
-        kernels: &Kernels,
-        x: &[f32],
-        tokens: usize,
-        out: &mut [f32],
-        pool: &Pool,
-    ) {
-        assert_eq!(
-            Some(x.len()),
-            tokens.checked_mul(self.cols),
-            "matmul: x is not [tokens, cols]"
-        );
-        assert_eq!(
-            Some(out.len()),
-            tokens.checked_mul(self.rows),
-            "matmul: out is not [tokens, rows]"
-        );
+    pub fn matmul(&self, kernels: &Kernels, x: &[f32], tokens: usize, out: &mut [f32], pool: &Pool) {
+        assert_eq!(Some(x.len()), tokens.checked_mul(self.cols), "matmul: x is not [tokens, cols]");
+        assert_eq!(Some(out.len()), tokens.checked_mul(self.rows), "matmul: out is not [tokens, rows]");
         if out.is_empty() {
             return;
         }
@@ -205,23 +164,12 @@ impl DenseMatrix {
         // Tokens in whole, aligned chunks: copying them once is nothing beside reading the weights.
         with_scratch(tokens * per_row, |packed| {
             if per_row > 0 {
-                for (token, packed) in x
-                    .chunks_exact(self.cols)
-                    .zip(packed.chunks_exact_mut(per_row))
-                {
-                    packed
-                        .iter_mut()
-                        .enumerate()
-                        .for_each(|(i, chunk)| *chunk = chunk_at(token, i));
+                for (token, packed) in x.chunks_exact(self.cols).zip(packed.chunks_exact_mut(per_row)) {
+                    packed.iter_mut().enumerate().for_each(|(i, chunk)| *chunk = chunk_at(token, i));
                 }
             }
-            let product = Product {
-                rows: self.rows,
-                cols: self.cols,
-                x: packed,
-                tokens,
-                out: Parts::new(out),
-            };
+            let product =
+                Product { rows: self.rows, cols: self.cols, x: packed, tokens, out: Parts::new(out) };
             match &self.data {
                 DenseData::F32(d) => product.run::<Numbers<f32>>(kernels, d, pool),
                 DenseData::F16(d) => product.run::<Numbers<f16>>(kernels, d, pool),
@@ -292,22 +240,13 @@ impl<'a, T: Number> Row<'a> for Numbers<'a, T> {
     fn tail(self) -> Option<Chunk> {
         (!self.tail.is_empty()).then(|| {
             let mut padded = [0.0; LANES];
-            padded
-                .iter_mut()
-                .zip(self.tail)
-                .for_each(|(p, &w)| *p = w.into());
+            padded.iter_mut().zip(self.tail).for_each(|(p, &w)| *p = w.into());
             padded
         })
     }
     #[inline(always)]
     fn prefetch<S: Lanes>(self, s: S, i: usize, bytes: usize) {
-        s.prefetch(
-            self.chunks
-                .as_ptr()
-                .wrapping_add(i)
-                .cast::<u8>()
-                .wrapping_add(bytes),
-        );
+        s.prefetch(self.chunks.as_ptr().wrapping_add(i).cast::<u8>().wrapping_add(bytes));
     }
 }
 
@@ -329,12 +268,9 @@ impl<'a> Row<'a> for Blocks<'a> {
     #[inline(always)]
     fn load<S: Lanes>(self, s: S, i: usize) -> S::V {
         let block = &self.0[i / 2];
-        let q: &[u8; LANES] = if i.is_multiple_of(2) {
-            block[2..18].first_chunk()
-        } else {
-            block[18..].first_chunk()
-        }
-        .expect("a block has two chunks of quants");
+        let q: &[u8; LANES] =
+            if i.is_multiple_of(2) { block[2..18].first_chunk() } else { block[18..].first_chunk() }
+                .expect("a block has two chunks of quants");
         let scale = s.splat(s.widen(f16::from_le_bytes([block[0], block[1]])));
         s.mul(scale, s.load_i8(&q.map(|q| q as i8)))
     }
@@ -344,13 +280,7 @@ impl<'a> Row<'a> for Blocks<'a> {
     }
     #[inline(always)]
     fn prefetch<S: Lanes>(self, s: S, i: usize, bytes: usize) {
-        s.prefetch(
-            self.0
-                .as_ptr()
-                .wrapping_add(i / 2)
-                .cast::<u8>()
-                .wrapping_add(bytes),
-        );
+        s.prefetch(self.0.as_ptr().wrapping_add(i / 2).cast::<u8>().wrapping_add(bytes));
     }
 }
 
@@ -368,29 +298,13 @@ impl Product<'_> {
     fn run<'d, W: Row<'d>>(&self, kernels: &Kernels, data: &'d [W::Cell], pool: &Pool) {
         let per_row = self.cols.div_ceil(LANES);
         // Few tokens: enough work to hide the claiming of a task. Many: an unpacked panel of 512 KB, for L2.
-        let step = if self.tokens <= FEW {
-            64
-        } else {
-            (8192 / per_row.max(1) / 4 * 4).clamp(4, 64)
-        };
+        let step = if self.tokens <= FEW { 64 } else { (8192 / per_row.max(1) / 4 * 4).clamp(4, 64) };
         // Small matrices are still to be shared by all threads.
         let step = step.min(self.rows.div_ceil(pool.threads()).next_multiple_of(4));
         pool.run(self.rows.div_ceil(step), &|task| {
             let (from, to) = (task * step, self.rows.min((task + 1) * step));
-            let panel = if self.tokens <= FEW {
-                0
-            } else {
-                (to - from) * per_row
-            };
-            with_scratch(panel, |panel| {
-                kernels.lanes(Strip::<W> {
-                    product: self,
-                    data,
-                    from,
-                    to,
-                    panel,
-                })
-            });
+            let panel = if self.tokens <= FEW { 0 } else { (to - from) * per_row };
+            with_scratch(panel, |panel| kernels.lanes(Strip::<W> { product: self, data, from, to, panel }));
         });
     }
 }
@@ -409,23 +323,10 @@ impl<'d, W: Row<'d>> Job for Strip<'_, 'd, W> {
     type Out = ();
     #[inline(always)]
     fn run<S: Lanes>(self, s: S) {
-        let Self {
-            product,
-            data,
-            from,
-            to,
-            panel,
-        } = self;
-        let Product {
-            cols, x, tokens, ..
-        } = *product;
+        let Self { product, data, from, to, panel } = self;
+        let Product { cols, x, tokens, .. } = *product;
         let per_row = cols.div_ceil(LANES);
-        let all = Tile {
-            product,
-            from,
-            x,
-            per_row,
-        };
+        let all = Tile { product, from, x, per_row };
         if tokens <= FEW {
             let row = |r: usize| W::row(data, cols, from + r);
             match tokens {
@@ -447,10 +348,7 @@ impl<'d, W: Row<'d>> Job for Strip<'_, 'd, W> {
                 unpacked[per_row - 1] = tail;
             }
         }
-        let row = |r: usize| Numbers {
-            chunks: &panel[r * per_row..(r + 1) * per_row],
-            tail: &[],
-        };
+        let row = |r: usize| Numbers { chunks: &panel[r * per_row..(r + 1) * per_row], tail: &[] };
         let mut token = 0;
         // 4 rows by 6 tokens fill 32 registers, 2 by 2 fill 16 of half the width.
         if S::WIDE {
@@ -491,13 +389,7 @@ impl Tile<'_> {
         let mut r = 0;
         if S::WIDE || T == 1 {
             while r + 4 <= rows {
-                self.tile::<S, W, 4, T>(
-                    s,
-                    [row(r), row(r + 1), row(r + 2), row(r + 3)],
-                    r,
-                    token,
-                    stream,
-                );
+                self.tile::<S, W, 4, T>(s, [row(r), row(r + 1), row(r + 2), row(r + 3)], r, token, stream);
                 r += 4;
             }
         }
@@ -555,11 +447,7 @@ impl Tile<'_> {
         }
         for t in 0..T {
             // SAFETY: tasks own disjoint rows, and within a task tiles follow one another.
-            let out = unsafe {
-                self.product
-                    .out
-                    .get((token + t) * self.product.rows + self.from + r, R)
-            };
+            let out = unsafe { self.product.out.get((token + t) * self.product.rows + self.from + r, R) };
             for j in 0..R {
                 out[j] = s.fold(sums[j][t]);
             }

@@ -32,15 +32,7 @@ pub(crate) fn exp_lanes<S: Arithmetic>(s: S, x: S::V) -> S::V {
     let r = s.fma(n, s.splat(-std::f32::consts::LN_2), x);
     let r = s.fma(n, s.splat(-LN2_LOW), r);
     let mut p = s.splat(1.0 / 5040.0);
-    for c in [
-        1.0 / 720.0,
-        1.0 / 120.0,
-        1.0 / 24.0,
-        1.0 / 6.0,
-        0.5,
-        1.0,
-        1.0,
-    ] {
+    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = s.fma(p, r, s.splat(c));
     }
     // 2^n in two factors, because n reaches beyond the exponents of normal floats at both ends. The first
@@ -85,11 +77,7 @@ fn dot_lanes<S: Lanes>(s: S, a: &[f32], b: &[f32]) -> f32 {
         sum = s.fma(s.load(a), s.load(b), sum);
     }
     if !a_tail.is_empty() {
-        sum = s.fma(
-            s.load(&chunk_at(a_tail, 0)),
-            s.load(&chunk_at(b_tail, 0)),
-            sum,
-        );
+        sum = s.fma(s.load(&chunk_at(a_tail, 0)), s.load(&chunk_at(b_tail, 0)), sum);
     }
     s.fold(sum)
 }
@@ -138,13 +126,7 @@ fn map_lanes<S: Lanes>(s: S, x: &mut [f32], op: impl Fn(S::V) -> S::V) {
 
 /// `out[i] = op(a[i], b[i])`, sixteen at a time.
 #[inline(always)]
-fn zip_lanes<S: Lanes>(
-    s: S,
-    a: &[f32],
-    b: &[f32],
-    out: &mut [f32],
-    op: impl Fn(S::V, S::V) -> S::V,
-) {
+fn zip_lanes<S: Lanes>(s: S, a: &[f32], b: &[f32], out: &mut [f32], op: impl Fn(S::V, S::V) -> S::V) {
     let ((a_chunks, a_tail), (b_chunks, b_tail)) = (a.as_chunks(), b.as_chunks());
     let (out_chunks, out_tail) = out.as_chunks_mut();
     for ((a, b), out) in a_chunks.iter().zip(b_chunks).zip(out_chunks) {
@@ -152,10 +134,7 @@ fn zip_lanes<S: Lanes>(
     }
     if !a_tail.is_empty() {
         let mut padded = [0.0; LANES];
-        s.store(
-            op(s.load(&chunk_at(a_tail, 0)), s.load(&chunk_at(b_tail, 0))),
-            &mut padded,
-        );
+        s.store(op(s.load(&chunk_at(a_tail, 0)), s.load(&chunk_at(b_tail, 0))), &mut padded);
         out_tail.copy_from_slice(&padded[..a_tail.len()]);
     }
 }
@@ -210,7 +189,12 @@ fn exp_from_max<S: Lanes>(s: S, x: &mut [f32]) -> (f32, f32) {
     let max = max_lanes(s, x);
     let max = if max == f32::NEG_INFINITY { 0.0 } else { max };
     let splat = s.splat(max);
-    map_lanes(s, x, #[inline(always)] |x| exp_lanes(s, s.sub(x, splat)));
+    map_lanes(
+        s,
+        x,
+        #[inline(always)]
+        |x| exp_lanes(s, s.sub(x, splat)),
+    );
     (max, sum_lanes(s, x))
 }
 
@@ -307,16 +291,8 @@ impl Kernels {
     /// `eps` is added to the mean, as in Llama.
     pub fn rms_norm(&self, x: &[f32], weight: Option<&[f32]>, eps: f32, out: &mut [f32]) {
         assert_eq!(x.len(), out.len(), "rms_norm: lengths differ");
-        assert!(
-            weight.is_none_or(|w| w.len() == x.len()),
-            "rms_norm: weight has another length"
-        );
-        self.lanes(RmsNorm {
-            x,
-            weight,
-            eps,
-            out,
-        });
+        assert!(weight.is_none_or(|w| w.len() == x.len()), "rms_norm: weight has another length");
+        self.lanes(RmsNorm { x, weight, eps, out });
     }
 
     /// `x += y`.
@@ -333,20 +309,14 @@ impl Kernels {
     /// SwiGLU's gate: `out = gate / (1 + e^-gate) * up` (Shazeer, 2020, <https://arxiv.org/abs/2002.05202>).
     /// A gate of minus infinity gives NaN.
     pub fn silu_gate(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
-        assert!(
-            gate.len() == up.len() && up.len() == out.len(),
-            "silu_gate: lengths differ"
-        );
+        assert!(gate.len() == up.len() && up.len() == out.len(), "silu_gate: lengths differ");
         self.lanes(SiluGate { gate, up, out });
     }
 
     /// The squared ReLU gate of BitNet b1.58 2B4T: `out = max(gate, 0)² * up`
     /// (<https://arxiv.org/abs/2504.12285>, section 2).
     pub fn relu2_gate(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
-        assert!(
-            gate.len() == up.len() && up.len() == out.len(),
-            "relu2_gate: lengths differ"
-        );
+        assert!(gate.len() == up.len() && up.len() == out.len(), "relu2_gate: lengths differ");
         self.lanes(Relu2Gate { gate, up, out });
     }
 
@@ -373,22 +343,10 @@ impl Kernels {
     ///
     /// Panics unless `2 * cos.len() <= head_dim`.
     pub fn rope(&self, x: &mut [f32], heads: usize, head_dim: usize, cos: &[f32], sin: &[f32]) {
-        assert_eq!(
-            x.len(),
-            heads * head_dim,
-            "rope: x is not [heads, head_dim]"
-        );
-        assert!(
-            cos.len() == sin.len() && 2 * cos.len() <= head_dim,
-            "rope: tables do not fit the head"
-        );
+        assert_eq!(x.len(), heads * head_dim, "rope: x is not [heads, head_dim]");
+        assert!(cos.len() == sin.len() && 2 * cos.len() <= head_dim, "rope: tables do not fit the head");
         if head_dim > 0 {
-            self.lanes(Rope {
-                x,
-                head_dim,
-                cos,
-                sin,
-            });
+            self.lanes(Rope { x, head_dim, cos, sin });
         }
     }
 

@@ -52,11 +52,7 @@ static TABLE: &[Kernels] = &[
                 && is_x86_feature_detected!("f16c")
         },
     },
-    Kernels {
-        name: "scalar",
-        isa: Isa::Scalar,
-        supported: || true,
-    },
+    Kernels { name: "scalar", isa: Isa::Scalar, supported: || true },
 ];
 
 impl Kernels {
@@ -67,9 +63,7 @@ impl Kernels {
 
     /// The fastest set this CPU can run.
     pub fn best() -> &'static Kernels {
-        Self::available()
-            .next()
-            .expect("scalar is always supported")
+        Self::available().next().expect("scalar is always supported")
     }
 
     /// The set called `name`, if this CPU can run it.

@@ -96,23 +96,14 @@ pub enum MatrixError {
 impl fmt::Display for MatrixError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Length {
-                what,
-                rows,
-                cols,
-                expected,
-                found,
-            } => {
+            Self::Length { what, rows, cols, expected, found } => {
                 write!(
                     f,
                     "a ternary matrix of {rows} x {cols} needs {expected} {what}, but there are {found}"
                 )
             }
             Self::ScaleCount { expected, found } => {
-                write!(
-                    f,
-                    "the matrix needs {expected} scales, but there are {found}"
-                )
+                write!(f, "the matrix needs {expected} scales, but there are {found}")
             }
             Self::EmptyBlock => write!(f, "a scale block needs at least one row and one column"),
             Self::TooLarge { rows, cols } => write!(
@@ -150,15 +141,8 @@ pub struct TernaryMatrix {
 /// Bytes of a row, after checking that the whole matrix can exist.
 fn checked_row_bytes(rows: usize, cols: usize) -> Result<usize, MatrixError> {
     let row_bytes = cols.div_ceil(TRITS_PER_BYTE);
-    let fits = cols <= MAX_COLS
-        && rows
-            .checked_mul(cols)
-            .is_some_and(|n| n <= isize::MAX as usize);
-    if fits {
-        Ok(row_bytes)
-    } else {
-        Err(MatrixError::TooLarge { rows, cols })
-    }
+    let fits = cols <= MAX_COLS && rows.checked_mul(cols).is_some_and(|n| n <= isize::MAX as usize);
+    if fits { Ok(row_bytes) } else { Err(MatrixError::TooLarge { rows, cols }) }
 }
 
 fn check_scales(scales: &Scales, rows: usize, cols: usize) -> Result<(), MatrixError> {
@@ -168,17 +152,9 @@ fn check_scales(scales: &Scales, rows: usize, cols: usize) -> Result<(), MatrixE
         Scales::Block { rows: 0, .. } | Scales::Block { cols: 0, .. } => {
             return Err(MatrixError::EmptyBlock);
         }
-        Scales::Block {
-            rows: r,
-            cols: c,
-            values,
-        } => (rows.div_ceil(*r) * cols.div_ceil(*c), values.len()),
+        Scales::Block { rows: r, cols: c, values } => (rows.div_ceil(*r) * cols.div_ceil(*c), values.len()),
     };
-    if expected == found {
-        Ok(())
-    } else {
-        Err(MatrixError::ScaleCount { expected, found })
-    }
+    if expected == found { Ok(()) } else { Err(MatrixError::ScaleCount { expected, found }) }
 }
 
 /// Codes 3 among the four of a byte, one bit for each (bit 0, 2, 4, 6).
@@ -193,22 +169,11 @@ impl TernaryMatrix {
     ///
     /// # Errors
     /// A shape that is too large, wrong lengths, an empty scale block, or codes 3 (with their count).
-    pub fn new(
-        rows: usize,
-        cols: usize,
-        mut codes: Vec<u8>,
-        scales: Scales,
-    ) -> Result<Self, MatrixError> {
+    pub fn new(rows: usize, cols: usize, mut codes: Vec<u8>, scales: Scales) -> Result<Self, MatrixError> {
         let row_bytes = checked_row_bytes(rows, cols)?;
         let (expected, found) = (rows * row_bytes, codes.len());
         if expected != found {
-            return Err(MatrixError::Length {
-                what: "bytes of codes",
-                rows,
-                cols,
-                expected,
-                found,
-            });
+            return Err(MatrixError::Length { what: "bytes of codes", rows, cols, expected, found });
         }
         check_scales(&scales, rows, cols)?;
         let tail = cols % TRITS_PER_BYTE;
@@ -219,66 +184,34 @@ impl TernaryMatrix {
                 *last = *last & keep | ZERO_BYTE & !keep;
             }
         }
-        let count: usize = codes
-            .iter()
-            .map(|&b| fourth_codes(b).count_ones() as usize)
-            .sum();
+        let count: usize = codes.iter().map(|&b| fourth_codes(b).count_ones() as usize).sum();
         if count != 0 {
-            let byte = codes
-                .iter()
-                .position(|&b| fourth_codes(b) != 0)
-                .expect("count > 0");
-            let col = byte % row_bytes * TRITS_PER_BYTE
-                + fourth_codes(codes[byte]).trailing_zeros() as usize / 2;
-            return Err(MatrixError::FourthCode {
-                count,
-                row: byte / row_bytes,
-                col,
-            });
+            let byte = codes.iter().position(|&b| fourth_codes(b) != 0).expect("count > 0");
+            let col =
+                byte % row_bytes * TRITS_PER_BYTE + fourth_codes(codes[byte]).trailing_zeros() as usize / 2;
+            return Err(MatrixError::FourthCode { count, row: byte / row_bytes, col });
         }
-        Ok(Self {
-            rows,
-            cols,
-            codes,
-            scales,
-        })
+        Ok(Self { rows, cols, codes, scales })
     }
 
     /// Packs row-major trits.
     ///
     /// # Errors
     /// As [`TernaryMatrix::new`], and the first value that is not -1, 0 or +1.
-    pub fn from_trits(
-        rows: usize,
-        cols: usize,
-        trits: &[i8],
-        scales: Scales,
-    ) -> Result<Self, MatrixError> {
+    pub fn from_trits(rows: usize, cols: usize, trits: &[i8], scales: Scales) -> Result<Self, MatrixError> {
         let row_bytes = checked_row_bytes(rows, cols)?;
         let (expected, found) = (rows * cols, trits.len());
         if expected != found {
-            return Err(MatrixError::Length {
-                what: "trits",
-                rows,
-                cols,
-                expected,
-                found,
-            });
+            return Err(MatrixError::Length { what: "trits", rows, cols, expected, found });
         }
         let mut codes = alloc::vec![0u8; rows * row_bytes];
         if cols > 0 {
-            let rows_of = trits
-                .chunks_exact(cols)
-                .zip(codes.chunks_exact_mut(row_bytes));
+            let rows_of = trits.chunks_exact(cols).zip(codes.chunks_exact_mut(row_bytes));
             for (row, (trits, codes)) in rows_of.enumerate() {
                 crate::pack::pack_2bit(trits, codes).map_err(|_| {
                     let col = trits.iter().position(|t| !(-1..=1).contains(t));
                     let col = col.expect("lengths agree, so a value is wrong");
-                    MatrixError::NotATrit {
-                        row,
-                        col,
-                        value: trits[col],
-                    }
+                    MatrixError::NotATrit { row, col, value: trits[col] }
                 })?;
             }
         }
@@ -363,11 +296,7 @@ impl TernaryMatrix {
         if weights == 0 {
             return 0.0;
         }
-        let ones: usize = self
-            .codes
-            .iter()
-            .map(|&b| (b & 0b01_01_01_01).count_ones() as usize)
-            .sum();
+        let ones: usize = self.codes.iter().map(|&b| (b & 0b01_01_01_01).count_ones() as usize).sum();
         let padding = self.codes.len() * TRITS_PER_BYTE - weights;
         (ones - padding) as f64 / weights as f64
     }
@@ -409,24 +338,13 @@ mod tests {
     fn fourth_codes_are_refused_with_count_and_place() {
         let codes = vec![0, 0, 0b11_00_11_00, 0b11];
         let error = TernaryMatrix::new(2, 8, codes, Scales::Tensor(1.0)).unwrap_err();
-        assert_eq!(
-            error,
-            MatrixError::FourthCode {
-                count: 3,
-                row: 1,
-                col: 1
-            }
-        );
+        assert_eq!(error, MatrixError::FourthCode { count: 3, row: 1, col: 1 });
         assert!(error.to_string().starts_with("3 weights"));
     }
 
     #[test]
     fn wrong_lengths_and_absurd_shapes_are_errors() {
-        let block = |rows, cols, n| Scales::Block {
-            rows,
-            cols,
-            values: vec![1.0; n],
-        };
+        let block = |rows, cols, n| Scales::Block { rows, cols, values: vec![1.0; n] };
         assert!(TernaryMatrix::new(2, 5, vec![0; 3], Scales::Tensor(1.0)).is_err());
         assert!(TernaryMatrix::new(2, 5, vec![0; 4], Scales::Row(vec![1.0])).is_err());
         assert!(TernaryMatrix::new(2, 5, vec![0; 4], block(0, 2, 0)).is_err());
@@ -436,14 +354,7 @@ mod tests {
         assert!(TernaryMatrix::new(usize::MAX, 5, vec![], Scales::Tensor(1.0)).is_err());
         assert!(TernaryMatrix::new(0, 1 << 24, vec![], Scales::Tensor(1.0)).is_err());
         let error = TernaryMatrix::from_trits(1, 2, &[0, 3], Scales::Tensor(1.0)).unwrap_err();
-        assert_eq!(
-            error,
-            MatrixError::NotATrit {
-                row: 0,
-                col: 1,
-                value: 3
-            }
-        );
+        assert_eq!(error, MatrixError::NotATrit { row: 0, col: 1, value: 3 });
         for (rows, cols) in [(0, 0), (0, 7), (7, 0)] {
             let m = TernaryMatrix::from_trits(rows, cols, &[], Scales::Tensor(1.0)).unwrap();
             assert_eq!(m.zero_fraction(), 0.0);
@@ -453,11 +364,7 @@ mod tests {
     #[test]
     fn block_scales_apply_to_their_rows_and_columns() {
         let values = vec![1.0, 2.0, 3.0, 4.0];
-        let scales = Scales::Block {
-            rows: 2,
-            cols: 3,
-            values,
-        };
+        let scales = Scales::Block { rows: 2, cols: 3, values };
         let m = TernaryMatrix::from_trits(3, 5, &[1; 15], scales).unwrap();
         let mut row = [0.0; 5];
         m.dequantize_row(1, &mut row);

@@ -51,33 +51,17 @@ pub enum PackError {
 impl fmt::Display for PackError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Length {
-                trits,
-                expected,
-                found,
-            } => {
-                write!(
-                    f,
-                    "{trits} trits need {expected} packed bytes, but there are {found}"
-                )
+            Self::Length { trits, expected, found } => {
+                write!(f, "{trits} trits need {expected} packed bytes, but there are {found}")
             }
             Self::NotATrit { index, value } => {
-                write!(
-                    f,
-                    "value {index} is {value}, but a ternary weight is -1, 0 or 1"
-                )
+                write!(f, "value {index} is {value}, but a ternary weight is -1, 0 or 1")
             }
             Self::FourthCode { index } => {
-                write!(
-                    f,
-                    "trit {index} has the two-bit code 3, but only 0, 1 and 2 are ternary weights"
-                )
+                write!(f, "trit {index} has the two-bit code 3, but only 0, 1 and 2 are ternary weights")
             }
             Self::NotBase3 { index, value } => {
-                write!(
-                    f,
-                    "byte {index} is {value}, but five base-3 trits are at most 242"
-                )
+                write!(f, "byte {index} is {value}, but five base-3 trits are at most 242")
             }
         }
     }
@@ -87,23 +71,12 @@ impl core::error::Error for PackError {}
 
 fn check_lengths(trits: usize, bytes: usize, per_byte: usize) -> Result<(), PackError> {
     let expected = trits.div_ceil(per_byte);
-    if bytes == expected {
-        Ok(())
-    } else {
-        Err(PackError::Length {
-            trits,
-            expected,
-            found: bytes,
-        })
-    }
+    if bytes == expected { Ok(()) } else { Err(PackError::Length { trits, expected, found: bytes }) }
 }
 
 fn check_trits(trits: &[i8]) -> Result<(), PackError> {
     match trits.iter().position(|t| !(-1..=1).contains(t)) {
-        Some(index) => Err(PackError::NotATrit {
-            index,
-            value: trits[index],
-        }),
+        Some(index) => Err(PackError::NotATrit { index, value: trits[index] }),
         None => Ok(()),
     }
 }
@@ -136,9 +109,7 @@ pub fn unpack_2bit(bytes: &[u8], trits: &mut [i8]) -> Result<(), PackError> {
         for (i, t) in group.iter_mut().enumerate() {
             let code = (bytes[b] >> (2 * i)) & 3;
             if code == 3 {
-                return Err(PackError::FourthCode {
-                    index: b * TRITS_PER_BYTE + i,
-                });
+                return Err(PackError::FourthCode { index: b * TRITS_PER_BYTE + i });
             }
             *t = code as i8 - 1;
         }
@@ -170,10 +141,7 @@ pub fn pack_base3(trits: &[i8], bytes: &mut [u8]) -> Result<(), PackError> {
 pub fn unpack_base3(bytes: &[u8], trits: &mut [i8]) -> Result<(), PackError> {
     check_lengths(trits.len(), bytes.len(), BASE3_TRITS_PER_BYTE)?;
     if let Some(index) = bytes.iter().position(|&b| b >= BASE3_VALUES) {
-        return Err(PackError::NotBase3 {
-            index,
-            value: bytes[index],
-        });
+        return Err(PackError::NotBase3 { index, value: bytes[index] });
     }
     for (&byte, group) in bytes.iter().zip(trits.chunks_mut(BASE3_TRITS_PER_BYTE)) {
         let mut rest = byte;
@@ -231,13 +199,7 @@ mod tests {
                 }
                 Err(e) => {
                     assert!(byte > 242);
-                    assert_eq!(
-                        e,
-                        PackError::NotBase3 {
-                            index: 0,
-                            value: byte
-                        }
-                    );
+                    assert_eq!(e, PackError::NotBase3 { index: 0, value: byte });
                 }
             }
         }
@@ -246,14 +208,7 @@ mod tests {
     #[test]
     fn wrong_lengths_and_values_are_errors() {
         let error = pack_2bit(&[0; 5], &mut [0; 1]).unwrap_err();
-        assert_eq!(
-            error,
-            PackError::Length {
-                trits: 5,
-                expected: 2,
-                found: 1
-            }
-        );
+        assert_eq!(error, PackError::Length { trits: 5, expected: 2, found: 1 });
         assert!(unpack_base3(&[0; 2], &mut [0; 5]).is_err());
         let error = pack_base3(&[0, 2], &mut [0]).unwrap_err();
         assert_eq!(error, PackError::NotATrit { index: 1, value: 2 });

@@ -29,9 +29,7 @@ fn best_seconds(mut f: impl FnMut()) -> f64 {
 pub fn read_bandwidth(pool: &Pool) -> f64 {
     let mut buffer = Buffer::zeroed(READ_BYTES);
     // Every page is written once: untouched ones would all be the same page of zeros.
-    pool.run_chunks_mut(&mut buffer, READ_CHUNK, |chunk, bytes| {
-        bytes.fill(chunk as u8)
-    });
+    pool.run_chunks_mut(&mut buffer, READ_CHUNK, |chunk, bytes| bytes.fill(chunk as u8));
     let isa = Kernels::best().isa;
     let seconds = best_seconds(|| {
         pool.run(READ_BYTES / READ_CHUNK, &|chunk| {
@@ -222,9 +220,6 @@ mod tests {
     fn folding_words_sees_every_byte() {
         let mut bytes = vec![0u8; 2048];
         bytes[1999] = 9;
-        assert_eq!(
-            fold_words(&bytes),
-            u64::from_ne_bytes([0, 0, 0, 0, 0, 0, 0, 9])
-        );
+        assert_eq!(fold_words(&bytes), u64::from_ne_bytes([0, 0, 0, 0, 0, 0, 0, 9]));
     }
 }

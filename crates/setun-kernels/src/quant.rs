@@ -103,11 +103,7 @@ fn ternarize_avx512(row: &[f32], inverse: f32, codes: &mut [u8]) {
 /// `inverse` is `1 / scale`; `codes` is a quarter as long as `row`, rounded up (else this panics).
 /// A NaN gives the code of 0.
 pub fn ternarize_row(kernels: &Kernels, row: &[f32], inverse: f32, codes: &mut [u8]) {
-    assert_eq!(
-        codes.len(),
-        row.len().div_ceil(TRITS_PER_BYTE),
-        "bytes of codes for a row"
-    );
+    assert_eq!(codes.len(), row.len().div_ceil(TRITS_PER_BYTE), "bytes of codes for a row");
     match kernels.isa {
         // SAFETY: a `Kernels` exists only when its instruction set was found.
         #[cfg(target_arch = "x86_64")]
@@ -126,13 +122,7 @@ pub fn ternarize_row(kernels: &Kernels, row: &[f32], inverse: f32, codes: &mut [
 pub fn quantize_absmean(weights: &[f32]) -> (Vec<i8>, f32) {
     let scale = absmean_scale(weights);
     let inverse = 1.0 / scale;
-    (
-        weights
-            .iter()
-            .map(|&w| code(w, inverse) as i8 - 1)
-            .collect(),
-        scale,
-    )
+    (weights.iter().map(|&w| code(w, inverse) as i8 - 1).collect(), scale)
 }
 
 impl TernaryMatrix {
@@ -151,20 +141,9 @@ impl TernaryMatrix {
         let bytes = bytes.filter(|_| rows.checked_mul(cols) == Some(weights.len()));
         let Some(bytes) = bytes else {
             let (expected, found) = (rows.saturating_mul(cols), weights.len());
-            return Err(MatrixError::Length {
-                what: "weights",
-                rows,
-                cols,
-                expected,
-                found,
-            });
+            return Err(MatrixError::Length { what: "weights", rows, cols, expected, found });
         };
-        let mut matrix = Self::new(
-            rows,
-            cols,
-            alloc::vec![ZERO_BYTE; bytes],
-            Scales::Tensor(1.0),
-        )?;
+        let mut matrix = Self::new(rows, cols, alloc::vec![ZERO_BYTE; bytes], Scales::Tensor(1.0))?;
         matrix.requantize(kernels, weights, pool);
         Ok(matrix)
     }
@@ -173,11 +152,7 @@ impl TernaryMatrix {
     /// but a list of chunks. Panics unless there are `rows · cols` weights.
     pub fn requantize(&mut self, kernels: &Kernels, weights: &[f32], pool: &Pool) {
         let (cols, row_bytes) = (self.cols(), self.row_bytes());
-        assert_eq!(
-            weights.len(),
-            self.rows() * cols,
-            "weights of a requantised matrix"
-        );
+        assert_eq!(weights.len(), self.rows() * cols, "weights of a requantised matrix");
         let scale = absmean_scale_parallel(weights, pool);
         let (codes, scales) = self.parts_mut();
         *scales = Scales::Tensor(scale);
@@ -218,9 +193,7 @@ pub struct Activations {
 #[inline(always)]
 fn quantize_token(x: &[f32], q: &mut [i8]) -> (f32, i32) {
     // As integers, magnitudes order like the numbers, with infinities and NaNs above all others.
-    let largest = x
-        .iter()
-        .fold(0, |m: i32, v| m.max((v.to_bits() & 0x7fff_ffff) as i32));
+    let largest = x.iter().fold(0, |m: i32, v| m.max((v.to_bits() & 0x7fff_ffff) as i32));
     let largest = f32::from_bits(largest as u32);
     if !largest.is_finite() {
         q.fill(0);
@@ -262,8 +235,7 @@ impl Activations {
         if (self.cols, self.lines_per_token) != (cols, lines_per_token) {
             self.lines.clear(); // Other columns may have been written where zeros must be.
         }
-        self.lines
-            .resize(tokens * lines_per_token, Line([0; COLUMN_PAD]));
+        self.lines.resize(tokens * lines_per_token, Line([0; COLUMN_PAD]));
         self.inverses.resize(tokens, 0.0);
         self.sums.resize(tokens, 0);
         (self.tokens, self.cols, self.lines_per_token) = (tokens, cols, lines_per_token);
@@ -280,11 +252,7 @@ impl Activations {
         cols: usize,
         pool: Option<&Pool>,
     ) {
-        assert_eq!(
-            Some(x.len()),
-            tokens.checked_mul(cols),
-            "activations of {tokens} x {cols}"
-        );
+        assert_eq!(Some(x.len()), tokens.checked_mul(cols), "activations of {tokens} x {cols}");
         self.reshape(tokens, cols);
         let stride = self.lines_per_token * COLUMN_PAD;
         let lines = SharedMut::new(&mut self.lines);
@@ -292,9 +260,8 @@ impl Activations {
         let sums = SharedMut::new(&mut self.sums);
         let one = |t: usize| {
             // SAFETY: row `t` of `lines`, `cols <= stride` bytes long; `one` runs once for each token.
-            let q = unsafe {
-                core::slice::from_raw_parts_mut(lines.as_ptr().cast::<i8>().add(t * stride), cols)
-            };
+            let q =
+                unsafe { core::slice::from_raw_parts_mut(lines.as_ptr().cast::<i8>().add(t * stride), cols) };
             let x = &x[t * cols..][..cols];
             let (inverse, sum) = match kernels.isa {
                 // SAFETY: a `Kernels` exists only when its instruction set was found.
@@ -329,11 +296,7 @@ impl Activations {
     /// Panics when the lengths do not agree.
     pub fn from_i8(codes: &[i8], inverses: &[f32], cols: usize) -> Self {
         let tokens = inverses.len();
-        assert_eq!(
-            Some(codes.len()),
-            tokens.checked_mul(cols),
-            "activations of {tokens} x {cols}"
-        );
+        assert_eq!(Some(codes.len()), tokens.checked_mul(cols), "activations of {tokens} x {cols}");
         let mut this = Self::new();
         this.reshape(tokens, cols);
         this.inverses.copy_from_slice(inverses);
@@ -423,8 +386,7 @@ mod tests {
         for (rows, cols) in [(1, 1), (3, 37), (5, 64), (70, 523), (0, 4), (4, 0)] {
             let w = noise(rows * cols, 5);
             let (q, scale) = quantize_absmean(&w);
-            let expected =
-                TernaryMatrix::from_trits(rows, cols, &q, Scales::Tensor(scale)).unwrap();
+            let expected = TernaryMatrix::from_trits(rows, cols, &q, Scales::Tensor(scale)).unwrap();
             for k in Kernels::available() {
                 for threads in 1..4 {
                     let pool = Pool::new(threads);
@@ -441,10 +403,7 @@ mod tests {
         for n in [0, 1, SUM_CHUNK, SUM_CHUNK * 20 + 11] {
             let w = noise(n, 9);
             let expected = absmean_scale(&w).to_bits();
-            assert_eq!(
-                absmean_scale_parallel(&w, &Pool::new(3)).to_bits(),
-                expected
-            );
+            assert_eq!(absmean_scale_parallel(&w, &Pool::new(3)).to_bits(), expected);
         }
     }
 
@@ -454,8 +413,7 @@ mod tests {
             for cols in (0..70).chain([127, 128, 129, 515]) {
                 // The largest is 127, so a = 1 and halves are ties.
                 let mut x: Vec<f32> = noise(cols * 3, cols as u32);
-                x.iter_mut()
-                    .for_each(|v| *v = (*v * 254.0) as i32 as f32 / 2.0);
+                x.iter_mut().for_each(|v| *v = (*v * 254.0) as i32 as f32 / 2.0);
                 if cols > 1 {
                     x[cols - 1] = -127.0;
                     x[cols] = 1e-30;
@@ -497,10 +455,7 @@ mod tests {
             let mut a = Activations::new();
             a.quantize(k, &x, 4, 2, None);
             assert!(a.inverse(0).is_nan() && a.inverse(1).is_nan());
-            assert_eq!(
-                (a.row(0), a.row(1), a.row(2)),
-                (&[0, 0][..], &[0, 0][..], &[0, 0][..])
-            );
+            assert_eq!((a.row(0), a.row(1), a.row(2)), (&[0, 0][..], &[0, 0][..], &[0, 0][..]));
             assert_eq!(a.inverse(2), 1.0 / (127.0 / 1e-5));
             assert_eq!(a.row(3), [127, -127]);
         }
@@ -509,8 +464,7 @@ mod tests {
     #[test]
     fn a_reused_buffer_equals_a_fresh_one_on_any_thread_count() {
         let mut reused = Activations::new();
-        for (tokens, cols, threads) in [(9, 8000, 3), (1, 40, 1), (2, 30, 1), (7, 70, 2), (0, 5, 1)]
-        {
+        for (tokens, cols, threads) in [(9, 8000, 3), (1, 40, 1), (2, 30, 1), (7, 70, 2), (0, 5, 1)] {
             let x = noise(tokens * cols + 1, 3);
             let x = &x[1..]; // Misaligned for vectors.
             let mut fresh = Activations::new();

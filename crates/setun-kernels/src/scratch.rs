@@ -17,15 +17,12 @@ thread_local! {
 /// Calls `f` with `chunks` aligned chunks of this thread's memory, which hold whatever was left there. A
 /// buffer is kept for the next call: decoding a token must not allocate (and clear) hundreds of them.
 pub(crate) fn with_scratch<T>(chunks: usize, f: impl FnOnce(&mut [Chunk]) -> T) -> T {
-    let mut lines = FREE
-        .with(|free| free.borrow_mut().pop())
-        .unwrap_or_default();
+    let mut lines = FREE.with(|free| free.borrow_mut().pop()).unwrap_or_default();
     if lines.len() < chunks {
         lines.resize(chunks, Line([0.0; LANES]));
     }
     // SAFETY: `Line` is `repr(C)` around one chunk and exactly as large, so the chunks follow one another.
-    let buffer =
-        unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast::<Chunk>(), chunks) };
+    let buffer = unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast::<Chunk>(), chunks) };
     let result = f(buffer);
     FREE.with(|free| free.borrow_mut().push(lines));
     result
@@ -45,11 +42,7 @@ unsafe impl Sync for Parts<'_> {}
 
 impl<'a> Parts<'a> {
     pub(crate) fn new(out: &'a mut [f32]) -> Self {
-        Self {
-            start: out.as_mut_ptr(),
-            len: out.len(),
-            borrow: PhantomData,
-        }
+        Self { start: out.as_mut_ptr(), len: out.len(), borrow: PhantomData }
     }
 
     /// Elements `at..at + len`. Panics outside of the slice.
@@ -58,10 +51,7 @@ impl<'a> Parts<'a> {
     /// No part handed out while this one lives overlaps it.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn get(&self, at: usize, len: usize) -> &mut [f32] {
-        assert!(
-            at <= self.len && len <= self.len - at,
-            "part outside of the output"
-        );
+        assert!(at <= self.len && len <= self.len - at, "part outside of the output");
         // SAFETY: within the borrowed slice; the caller rules out overlap.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }
     }

@@ -93,14 +93,8 @@ struct Columns {
 impl Columns {
     fn new(cols: usize, scales: &Scales) -> Self {
         match scales {
-            Scales::Block { cols: block, .. } => Self {
-                cols,
-                block: (*block).min(cols.max(1)),
-            },
-            _ => Self {
-                cols,
-                block: cols.max(1),
-            },
+            Scales::Block { cols: block, .. } => Self { cols, block: (*block).min(cols.max(1)) },
+            _ => Self { cols, block: cols.max(1) },
         }
     }
 
@@ -121,9 +115,7 @@ impl Columns {
 
     /// Tiles of a panel.
     fn all_tiles(self) -> usize {
-        self.blocks()
-            .checked_sub(1)
-            .map_or(0, |last| self.tiles(last).end)
+        self.blocks().checked_sub(1).map_or(0, |last| self.tiles(last).end)
     }
 
     /// Whether tile `i` holds columns `16i..`, without gaps between blocks.
@@ -158,14 +150,7 @@ impl PackedMatrix {
         };
         let bytes = Buffer::zeroed(len);
         let scales = Scales::Tensor(0.0);
-        let mut this = Self {
-            rows,
-            kernels,
-            columns,
-            bytes,
-            scales,
-            panel_scales: Vec::new(),
-        };
+        let mut this = Self { rows, kernels, columns, bytes, scales, panel_scales: Vec::new() };
         this.repack(matrix, pool);
         this
     }
@@ -196,8 +181,7 @@ impl PackedMatrix {
                     let col = columns.range(block).start;
                     for row in panel * k.rows..(panel + 1) * k.rows {
                         let row = row.min(self.rows - 1); // Padding rows are never written out.
-                        self.panel_scales
-                            .push(self.scales.at(row, col, columns.cols));
+                        self.panel_scales.push(self.scales.at(row, col, columns.cols));
                     }
                 }
             }
@@ -260,12 +244,7 @@ impl PackedMatrix {
     /// query, key and value, or gate and up. Bit for bit as [`PackedMatrix::matmul`] one by one.
     ///
     /// Panics when lengths do not fit.
-    pub fn matmul_group(
-        mats: &[&PackedMatrix],
-        acts: &Activations,
-        outs: &mut [&mut [f32]],
-        pool: &Pool,
-    ) {
+    pub fn matmul_group(mats: &[&PackedMatrix], acts: &Activations, outs: &mut [&mut [f32]], pool: &Pool) {
         assert_eq!(mats.len(), outs.len(), "outputs of a group of products");
         let jobs: Vec<Job> = mats
             .iter()
@@ -279,15 +258,7 @@ impl PackedMatrix {
     ///
     /// Panics when `acts` or `out` do not fit the matrix.
     pub fn matmul_i32(&self, acts: &Activations, out: &mut [i32], pool: &Pool) {
-        run(
-            &[Job::new(
-                self,
-                acts,
-                out.len(),
-                Out::I32(SharedMut::new(out)),
-            )],
-            pool,
-        );
+        run(&[Job::new(self, acts, out.len(), Out::I32(SharedMut::new(out)))], pool);
     }
 }
 
@@ -314,16 +285,8 @@ struct Job<'a> {
 impl<'a> Job<'a> {
     fn new(matrix: &'a PackedMatrix, acts: &'a Activations, out_len: usize, out: Out) -> Self {
         let (tokens, columns) = (acts.tokens(), matrix.columns);
-        assert_eq!(
-            acts.cols(),
-            columns.cols,
-            "columns of activations and matrix"
-        );
-        assert_eq!(
-            Some(out_len),
-            tokens.checked_mul(matrix.rows),
-            "output of a matrix product"
-        );
+        assert_eq!(acts.cols(), columns.cols, "columns of activations and matrix");
+        assert_eq!(Some(out_len), tokens.checked_mul(matrix.rows), "output of a matrix product");
         let (mut relaid, mut block_sums) = (Vec::new(), Vec::new());
         let by_block = matches!((&matrix.scales, out), (Scales::Block { .. }, Out::F32(_)));
         if tile_kernels(matrix.kernels.isa).is_some() {
@@ -346,24 +309,13 @@ impl<'a> Job<'a> {
                 }
             }
         }
-        Self {
-            matrix,
-            acts,
-            relaid,
-            block_sums,
-            by_block,
-            out,
-        }
+        Self { matrix, acts, relaid, block_sums, by_block, out }
     }
 
     /// The activations of token `t` as the tiles expect them: 16 for every tile.
     fn tile_row(&self, t: usize) -> &[i8] {
         let len = self.matrix.columns.all_tiles() * TILE_COLS;
-        if self.relaid.is_empty() {
-            &self.acts.padded_row(t)[..len]
-        } else {
-            &self.relaid[t * len..][..len]
-        }
+        if self.relaid.is_empty() { &self.acts.padded_row(t)[..len] } else { &self.relaid[t * len..][..len] }
     }
 
     fn panel_rows(&self) -> usize {
@@ -386,11 +338,7 @@ impl<'a> Job<'a> {
             return (panels.div_ceil(pieces).clamp(1, 8), tokens);
         }
         // A panel is unpacked once for each chunk, which a few dozen tokens pay for.
-        let pieces = if threads == 1 {
-            1
-        } else {
-            (threads * 4).div_ceil(panels.max(1))
-        };
+        let pieces = if threads == 1 { 1 } else { (threads * 4).div_ceil(panels.max(1)) };
         let tokens_per_chunk = tokens.div_ceil(pieces).max(48);
         (1, tokens_per_chunk.next_multiple_of(MAX_TOKENS))
     }
@@ -409,11 +357,7 @@ impl<'a> Job<'a> {
         let first_token = chunk / columns_of_chunks * tokens;
         let tokens = first_token..self.acts.tokens().min(first_token + tokens);
         let zero = [[0; MAX_ROWS]; MAX_TOKENS];
-        let mut work = Work {
-            total: zero,
-            part: zero,
-            folded: [[0.0; MAX_ROWS]; MAX_TOKENS],
-        };
+        let mut work = Work { total: zero, part: zero, folded: [[0.0; MAX_ROWS]; MAX_TOKENS] };
         for panel in first_panel..all_panels.min(first_panel + panels) {
             match tile_kernels(self.matrix.kernels.isa) {
                 Some(k) => self.run_panel(k, &mut work, panel, tokens.clone()),
@@ -452,11 +396,7 @@ impl<'a> Job<'a> {
         let tiles = m.columns.all_tiles();
         let packed = &m.bytes[panel * tiles * tile_bytes..][..tiles * tile_bytes];
         if self.direct() {
-            let weights = Weights {
-                bytes: packed,
-                tile_bytes,
-                dot: k.direct,
-            };
+            let weights = Weights { bytes: packed, tile_bytes, dot: k.direct };
             for group in even_groups(tokens, k.direct_tokens) {
                 // SAFETY: `packed` is `tiles` tiles, and `k` belongs to the matrix's kernel set.
                 unsafe { self.run_group(k, weights, work, panel, group) };
@@ -465,11 +405,7 @@ impl<'a> Job<'a> {
             with_scratch(tiles * tile_bytes * 4, |bytes| {
                 // SAFETY: four bytes come from each packed one, and there is room for them.
                 unsafe { (k.unpack)(packed.as_ptr(), tiles, bytes.as_mut_ptr()) };
-                let weights = Weights {
-                    bytes,
-                    tile_bytes: tile_bytes * 4,
-                    dot: k.unpacked,
-                };
+                let weights = Weights { bytes, tile_bytes: tile_bytes * 4, dot: k.unpacked };
                 for group in even_groups(tokens, k.unpacked_tokens) {
                     // SAFETY: `bytes` is `tiles` unpacked tiles; `k` as above.
                     unsafe { self.run_group(k, weights, work, panel, group) };
@@ -514,11 +450,7 @@ impl<'a> Job<'a> {
                     *a = unsafe { a.add(tiles.start * TILE_COLS) };
                 }
                 let from = weights.bytes[tiles.start * weights.tile_bytes..].as_ptr();
-                let to = if fresh {
-                    &mut work.total
-                } else {
-                    &mut work.part
-                };
+                let to = if fresh { &mut work.total } else { &mut work.part };
                 // SAFETY: `n` tiles of weights and activations start there; the rest is the caller's.
                 unsafe { (weights.dot)(from, n, &acts[..count], to) };
                 if !fresh {
@@ -549,17 +481,14 @@ impl<'a> Job<'a> {
             let out = match self.out {
                 Out::I32(out) => {
                     // SAFETY: these rows of token `t` belong to this chunk alone.
-                    let out =
-                        unsafe { core::slice::from_raw_parts_mut(out.as_ptr().add(at), valid) };
+                    let out = unsafe { core::slice::from_raw_parts_mut(out.as_ptr().add(at), valid) };
                     for (y, sum) in out.iter_mut().zip(total) {
                         *y = sum.wrapping_sub(correction);
                     }
                     continue;
                 }
                 // SAFETY: as above.
-                Out::F32(out) => unsafe {
-                    core::slice::from_raw_parts_mut(out.as_ptr().add(at), valid)
-                },
+                Out::F32(out) => unsafe { core::slice::from_raw_parts_mut(out.as_ptr().add(at), valid) },
             };
             let factor = match &m.scales {
                 Scales::Tensor(scale) => Factor::Tensor(scale * inverse),
@@ -679,11 +608,7 @@ mod tests {
     #[test]
     fn blocks_start_on_tiles_and_hold_their_columns() {
         for (cols, block) in [(0, 4), (5, 7), (100, 7), (256, 64), (40, 16), (33, 1)] {
-            let scales = Scales::Block {
-                rows: 1,
-                cols: block,
-                values: Vec::new(),
-            };
+            let scales = Scales::Block { rows: 1, cols: block, values: Vec::new() };
             let columns = Columns::new(cols, &scales);
             let mut tile = 0;
             for b in 0..columns.blocks() {

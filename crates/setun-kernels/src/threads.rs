@@ -63,10 +63,7 @@ impl Pool {
     pub fn run_items<T: Send>(&self, items: Vec<T>, f: impl Fn(usize, T) + Sync) {
         let slots: Vec<Slot<T>> = items
             .into_iter()
-            .map(|v| Slot {
-                taken: AtomicBool::new(false),
-                value: UnsafeCell::new(Some(v)),
-            })
+            .map(|v| Slot { taken: AtomicBool::new(false), value: UnsafeCell::new(Some(v)) })
             .collect();
         self.run(slots.len(), &|i| {
             if let Some(item) = slots[i].take() {

@@ -23,9 +23,7 @@ impl Noise {
     }
 
     fn floats(&mut self, n: usize) -> Vec<f32> {
-        (0..n)
-            .map(|_| self.next() as f32 / (1 << 24) as f32 + 0.01)
-            .collect()
+        (0..n).map(|_| self.next() as f32 / (1 << 24) as f32 + 0.01).collect()
     }
 }
 
@@ -43,11 +41,7 @@ impl Naive<'_> {
     fn sum(&self, t: usize, r: usize, from: usize, to: usize) -> i32 {
         let weights = &self.trits[r * self.cols..][from..to];
         let acts = &self.acts[t * self.cols..][from..to];
-        let sum: i64 = weights
-            .iter()
-            .zip(acts)
-            .map(|(&w, &a)| i64::from(w) * i64::from(a))
-            .sum();
+        let sum: i64 = weights.iter().zip(acts).map(|(&w, &a)| i64::from(w) * i64::from(a)).sum();
         sum.try_into().unwrap()
     }
 
@@ -76,20 +70,15 @@ impl Naive<'_> {
     /// Checks every kernel set that this machine has.
     fn check(&self, threads: &[usize]) {
         let (rows, cols, tokens) = (self.rows, self.cols, self.inverses.len());
-        let matrix =
-            TernaryMatrix::from_trits(rows, cols, self.trits, self.scales.clone()).unwrap();
+        let matrix = TernaryMatrix::from_trits(rows, cols, self.trits, self.scales.clone()).unwrap();
         let acts = Activations::from_i8(self.acts, self.inverses, cols);
         let integers = self.integers();
-        let floats: Vec<u32> = (0..tokens)
-            .flat_map(|t| (0..rows).map(move |r| self.float(t, r).to_bits()))
-            .collect();
+        let floats: Vec<u32> =
+            (0..tokens).flat_map(|t| (0..rows).map(move |r| self.float(t, r).to_bits())).collect();
         for &threads in threads {
             let pool = Pool::new(threads);
             for k in Kernels::available() {
-                let what = format!(
-                    "{} {rows}x{cols}, {tokens} tokens, {threads} threads",
-                    k.name()
-                );
+                let what = format!("{} {rows}x{cols}, {tokens} tokens, {threads} threads", k.name());
                 let packed = PackedMatrix::pack(&matrix, k, &pool);
                 assert!(packed.unpack() == matrix, "unpack of pack: {what}");
                 // One element off, so that nothing is aligned.
@@ -111,38 +100,16 @@ fn check_random(rows: usize, cols: usize, tokens: usize, scales: &Scales, thread
     let trits = noise.trits(rows * cols);
     let acts = noise.codes(tokens * cols);
     let inverses = noise.floats(tokens);
-    Naive {
-        rows,
-        cols,
-        trits: &trits,
-        scales,
-        acts: &acts,
-        inverses: &inverses,
-    }
-    .check(threads);
+    Naive { rows, cols, trits: &trits, scales, acts: &acts, inverses: &inverses }.check(threads);
 }
 
 fn all_scales(rows: usize, cols: usize) -> Vec<Scales> {
     let mut noise = Noise(11);
     let mut scales = vec![Scales::Tensor(0.37), Scales::Row(noise.floats(rows))];
-    let blocks = [
-        (1, 64),
-        (1, 128),
-        (1, 256),
-        (32, 64),
-        (3, 48),
-        (2, 7),
-        (1, 1),
-        (5, 33),
-        (1, 4000),
-    ];
+    let blocks = [(1, 64), (1, 128), (1, 256), (32, 64), (3, 48), (2, 7), (1, 1), (5, 33), (1, 4000)];
     for (r, c) in blocks {
         let values = noise.floats(rows.div_ceil(r) * cols.div_ceil(c));
-        scales.push(Scales::Block {
-            rows: r,
-            cols: c,
-            values,
-        });
+        scales.push(Scales::Block { rows: r, cols: c, values });
     }
     scales
 }
@@ -196,15 +163,7 @@ fn extreme_values_never_overflow() {
             for tokens in [1, MANY] {
                 let acts = &acts[..tokens * cols];
                 let inverses = &vec![1.0; tokens];
-                Naive {
-                    rows: 3,
-                    cols,
-                    trits: &trits,
-                    scales,
-                    acts,
-                    inverses,
-                }
-                .check(&[1]);
+                Naive { rows: 3, cols, trits: &trits, scales, acts, inverses }.check(&[1]);
             }
         }
     }
@@ -219,20 +178,10 @@ fn rows_longer_than_a_fields_range_are_exact() {
         for block in [None, Some((1 << 18) + 64)] {
             let scales = match block {
                 None => Scales::Tensor(1.0),
-                Some(cols) => Scales::Block {
-                    rows: 1,
-                    cols,
-                    values: vec![0.5, 0.25],
-                },
+                Some(cols) => Scales::Block { rows: 1, cols, values: vec![0.5, 0.25] },
             };
-            let naive = Naive {
-                rows: 1,
-                cols,
-                trits: &trits,
-                scales: &scales,
-                acts: &acts,
-                inverses: &[1.0],
-            };
+            let naive =
+                Naive { rows: 1, cols, trits: &trits, scales: &scales, acts: &acts, inverses: &[1.0] };
             naive.check(&[1]);
         }
     }
@@ -270,11 +219,7 @@ fn repacking_in_place_equals_packing_anew() {
         for (rows, cols) in [(65usize, 50usize), (0, 3), (3, 0)] {
             let mut matrix = || {
                 let block = noise.floats(rows * cols.div_ceil(20));
-                let scales = Scales::Block {
-                    rows: 1,
-                    cols: 20,
-                    values: block,
-                };
+                let scales = Scales::Block { rows: 1, cols: 20, values: block };
                 TernaryMatrix::from_trits(rows, cols, &noise.trits(rows * cols), scales).unwrap()
             };
             let (a, b) = (matrix(), matrix());
@@ -293,8 +238,7 @@ fn repacking_in_place_equals_packing_anew() {
 #[test]
 fn a_token_with_a_nan_gives_nan_and_leaves_the_others_alone() {
     let pool = Pool::new(1);
-    let matrix =
-        TernaryMatrix::from_trits(2, 3, &[1, 0, -1, 1, 1, 1], Scales::Tensor(2.0)).unwrap();
+    let matrix = TernaryMatrix::from_trits(2, 3, &[1, 0, -1, 1, 1, 1], Scales::Tensor(2.0)).unwrap();
     for k in Kernels::available() {
         let mut acts = Activations::new();
         acts.quantize(k, &[f32::NAN, 1.0, 2.0, 127.0, 0.0, 0.0], 2, 3, Some(&pool));

@@ -7,7 +7,7 @@ struct Print;
 
 impl Progress for Print {
     fn step(&mut self, r: &StepReport) {
-        if r.step % 10 == 0 {
+        if r.step.is_multiple_of(10) {
             println!(
                 "step {} loss {:.4} grad {:.2} {:.0} tokens/s",
                 r.step, r.loss, r.grad_norm, r.tokens_per_s

@@ -29,10 +29,7 @@ pub struct Message {
 impl Message {
     /// A message of `role` saying `content`.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self {
-            role: role.into(),
-            content: content.into(),
-        }
+        Self { role: role.into(), content: content.into() }
     }
 }
 
@@ -70,21 +67,13 @@ impl ChatTemplate {
         environment.set_syntax(syntax);
         environment.set_fuel(Some(FUEL));
         environment.set_recursion_limit(64);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", to_json);
-        environment.add_function(
-            "raise_exception",
-            |message: String| -> Result<Value, Error> {
-                Err(Error::new(ErrorKind::InvalidOperation, message))
-            },
-        );
-        environment.add_function("strftime_now", |format: String| {
-            strftime(&format, unix_seconds())
+        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
         });
-        environment
-            .add_template_owned(NAME, source.to_owned())
-            .map_err(|error| failed(&error))?;
+        environment.add_function("strftime_now", |format: String| strftime(&format, unix_seconds()));
+        environment.add_template_owned(NAME, source.to_owned()).map_err(|error| failed(&error))?;
         Ok(Self { environment })
     }
 
@@ -94,26 +83,19 @@ impl ChatTemplate {
     /// [`ModelError::ChatTemplate`] with the template's own complaint (`raise_exception`: roles that do not
     /// alternate, say), or when it runs too long or writes too much.
     pub fn render(&self, messages: &[Message], context: &Context) -> Result<String, ModelError> {
-        let template = self
-            .environment
-            .get_template(NAME)
-            .map_err(|error| failed(&error))?;
+        let template = self.environment.get_template(NAME).map_err(|error| failed(&error))?;
         let mut variables = context.extra.clone();
         let messages = serde_json::to_value(messages).unwrap_or_default();
         variables.insert("messages".to_owned(), messages);
-        variables.insert(
-            "add_generation_prompt".to_owned(),
-            context.add_generation_prompt.into(),
-        );
+        variables.insert("add_generation_prompt".to_owned(), context.add_generation_prompt.into());
         variables.insert("bos_token".to_owned(), context.bos_token.as_str().into());
         variables.insert("eos_token".to_owned(), context.eos_token.as_str().into());
         let mut output = Bounded(Vec::new());
         template
             .render_captured_to(Value::from(Serde(&variables)), &mut output)
             .map_err(|error| failed(&error))?;
-        String::from_utf8(output.0).map_err(|_| ModelError::ChatTemplate {
-            what: "wrote invalid UTF-8".into(),
-        })
+        String::from_utf8(output.0)
+            .map_err(|_| ModelError::ChatTemplate { what: "wrote invalid UTF-8".into() })
     }
 }
 
@@ -123,15 +105,10 @@ impl ChatTemplate {
 /// # Errors
 /// [`ModelError::ChatTemplate`] if the model has no template or it fails; [`ModelError::Tokenizer`].
 pub fn encode_chat(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>, ModelError> {
-    let source = tokenizer
-        .chat_template()
-        .ok_or_else(|| ModelError::ChatTemplate {
-            what: "the model has none; give a plain prompt instead of a conversation".to_owned(),
-        })?;
-    let text = |id: Option<u32>| {
-        id.and_then(|id| tokenizer.id_to_token(id))
-            .unwrap_or_default()
-    };
+    let source = tokenizer.chat_template().ok_or_else(|| ModelError::ChatTemplate {
+        what: "the model has none; give a plain prompt instead of a conversation".to_owned(),
+    })?;
+    let text = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id)).unwrap_or_default();
     let context = Context {
         add_generation_prompt: true,
         bos_token: text(tokenizer.bos()),
@@ -142,9 +119,7 @@ pub fn encode_chat(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u3
 }
 
 fn failed(error: &Error) -> ModelError {
-    let mut what = error
-        .detail()
-        .map_or_else(|| error.kind().to_string(), str::to_owned);
+    let mut what = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
     if let Some(line) = error.line() {
         what += &format!(" (line {line} of the template)");
     }
@@ -156,9 +131,7 @@ struct Bounded(Vec<u8>);
 impl Write for Bounded {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         if self.0.len() + bytes.len() > MAX_OUTPUT {
-            return Err(std::io::Error::other(format!(
-                "more than {MAX_OUTPUT} bytes of output"
-            )));
+            return Err(std::io::Error::other(format!("more than {MAX_OUTPUT} bytes of output")));
         }
         self.0.extend_from_slice(bytes);
         Ok(bytes.len())
@@ -181,36 +154,22 @@ fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
             let style = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
             value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, style))
         }
-        None => value.serialize(&mut serde_json::Serializer::with_formatter(
-            &mut out,
-            PythonStyle,
-        )),
+        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, PythonStyle)),
     };
-    let invalid =
-        |error: String| Error::new(ErrorKind::InvalidOperation, format!("tojson: {error}"));
+    let invalid = |error: String| Error::new(ErrorKind::InvalidOperation, format!("tojson: {error}"));
     result.map_err(|error| invalid(error.to_string()))?;
-    String::from_utf8(out)
-        .map(Value::from)
-        .map_err(|error| invalid(error.to_string()))
+    String::from_utf8(out).map(Value::from).map_err(|error| invalid(error.to_string()))
 }
 
 /// `{"a": 1, "b": [1, 2]}`: Python puts a space after commas and colons.
 struct PythonStyle;
 
 impl serde_json::ser::Formatter for PythonStyle {
-    fn begin_array_value<W: ?Sized + Write>(
-        &mut self,
-        out: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
+    fn begin_array_value<W: ?Sized + Write>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
         if first { Ok(()) } else { out.write_all(b", ") }
     }
 
-    fn begin_object_key<W: ?Sized + Write>(
-        &mut self,
-        out: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
+    fn begin_object_key<W: ?Sized + Write>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
         if first { Ok(()) } else { out.write_all(b", ") }
     }
 
@@ -240,15 +199,7 @@ fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
         "November",
         "December",
     ];
-    const DAYS: [&str; 7] = [
-        "Thursday",
-        "Friday",
-        "Saturday",
-        "Sunday",
-        "Monday",
-        "Tuesday",
-        "Wednesday",
-    ]; // 1970-01-01 first.
+    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"]; // 1970-01-01 first.
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = civil_date(days);
     let (month_name, day_name) = (MONTHS[month - 1], DAYS[(days % 7) as usize]);
@@ -285,8 +236,7 @@ fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
 
 /// Year, month (1–12) and day of a day count since 1970-01-01, in the Gregorian calendar.
 fn civil_date(mut days: u64) -> (u64, usize, u64) {
-    let leap =
-        |year: u64| year.is_multiple_of(4) && !year.is_multiple_of(100) || year.is_multiple_of(400);
+    let leap = |year: u64| year.is_multiple_of(4) && !year.is_multiple_of(100) || year.is_multiple_of(400);
     // 400 years are 146,097 days; after that at most 400 steps.
     let mut year = 1970 + days / 146_097 * 400;
     days %= 146_097;
@@ -294,20 +244,7 @@ fn civil_date(mut days: u64) -> (u64, usize, u64) {
         days -= 365 + u64::from(leap(year));
         year += 1;
     }
-    let lengths = [
-        31,
-        28 + u64::from(leap(year)),
-        31,
-        30,
-        31,
-        30,
-        31,
-        31,
-        30,
-        31,
-        30,
-        31,
-    ];
+    let lengths = [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
     let mut month = 0;
     while days >= lengths[month] {
         days -= lengths[month];
@@ -321,44 +258,25 @@ mod tests {
     use super::*;
 
     fn render(source: &str) -> Result<String, ModelError> {
-        let messages = [
-            Message::new("user", "Hi <b> & 'you'"),
-            Message::new("assistant", " Yes. "),
-        ];
+        let messages = [Message::new("user", "Hi <b> & 'you'"), Message::new("assistant", " Yes. ")];
         let extra = serde_json::json!({"tools": [{"name": "f", "args": {"z": 1, "a": "é"}}]});
         let extra = extra.as_object().cloned().unwrap_or_default();
-        let context = Context {
-            add_generation_prompt: true,
-            bos_token: "<s>".into(),
-            eos_token: "</s>".into(),
-            extra,
-        };
+        let context =
+            Context { add_generation_prompt: true, bos_token: "<s>".into(), eos_token: "</s>".into(), extra };
         ChatTemplate::new(source)?.render(&messages, &context)
     }
 
     #[test]
     fn blocks_are_trimmed_as_transformers_trims_them() {
         let source = "{{ bos_token }}\n  {% for m in messages %}\n{{ m['role'] }}:{{ m.content.strip() }}\n    {% endfor %}\nend\n";
-        assert_eq!(
-            render(source).unwrap(),
-            "<s>\nuser:Hi <b> & 'you'\nassistant:Yes.\nend"
-        );
+        assert_eq!(render(source).unwrap(), "<s>\nuser:Hi <b> & 'you'\nassistant:Yes.\nend");
     }
 
     #[test]
     fn tojson_is_pythons_not_htmls() {
-        assert_eq!(
-            render("{{ tools | tojson }}").unwrap(),
-            r#"[{"name": "f", "args": {"z": 1, "a": "é"}}]"#
-        );
-        assert_eq!(
-            render("{{ messages[0].content | tojson }}").unwrap(),
-            r#""Hi <b> & 'you'""#
-        );
-        assert_eq!(
-            render("{{ {'a': [1]} | tojson(indent=2) }}").unwrap(),
-            "{\n  \"a\": [\n    1\n  ]\n}"
-        );
+        assert_eq!(render("{{ tools | tojson }}").unwrap(), r#"[{"name": "f", "args": {"z": 1, "a": "é"}}]"#);
+        assert_eq!(render("{{ messages[0].content | tojson }}").unwrap(), r#""Hi <b> & 'you'""#);
+        assert_eq!(render("{{ {'a': [1]} | tojson(indent=2) }}").unwrap(), "{\n  \"a\": [\n    1\n  ]\n}");
     }
 
     #[test]
@@ -369,19 +287,9 @@ mod tests {
 
     #[test]
     fn the_templates_own_complaint_is_the_error() {
-        let error = render("{{ raise_exception('roles must alternate') }}")
-            .unwrap_err()
-            .to_string();
-        assert_eq!(
-            error,
-            "chat template: roles must alternate (line 1 of the template)"
-        );
-        assert!(
-            render("{% for %}")
-                .unwrap_err()
-                .to_string()
-                .contains("line 1")
-        );
+        let error = render("{{ raise_exception('roles must alternate') }}").unwrap_err().to_string();
+        assert_eq!(error, "chat template: roles must alternate (line 1 of the template)");
+        assert!(render("{% for %}").unwrap_err().to_string().contains("line 1"));
     }
 
     #[test]
@@ -395,14 +303,8 @@ mod tests {
 
     #[test]
     fn dates_are_gregorian() {
-        assert_eq!(
-            strftime("%d %b %Y %A %H:%M:%S", 0).unwrap(),
-            "01 Jan 1970 Thursday 00:00:00"
-        );
-        assert_eq!(
-            strftime("%Y-%m-%d %a", 951_827_696).unwrap(),
-            "2000-02-29 Tue"
-        );
+        assert_eq!(strftime("%d %b %Y %A %H:%M:%S", 0).unwrap(), "01 Jan 1970 Thursday 00:00:00");
+        assert_eq!(strftime("%Y-%m-%d %a", 951_827_696).unwrap(), "2000-02-29 Tue");
         assert_eq!(strftime("%F %%", 4_107_542_399).unwrap(), "2100-02-28 %");
         assert!(strftime("%Q", 0).is_err());
     }

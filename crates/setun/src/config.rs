@@ -88,10 +88,12 @@ impl Exceptions {
     pub fn new(names: Vec<String>) -> Result<Self, ModelError> {
         let patterns = names.iter().map(|name| {
             let pattern = format!(r"^(?:{name})(?:\.|$)");
-            regex::RegexBuilder::new(&pattern).size_limit(1 << 20).build().map_err(|_| ModelError::ConfigValue {
-                field: "quantization_config.modules_to_not_convert".into(),
-                found: format!("`{name}`"),
-                expected: "a module name or a regular expression".into(),
+            regex::RegexBuilder::new(&pattern).size_limit(1 << 20).build().map_err(|_| {
+                ModelError::ConfigValue {
+                    field: "quantization_config.modules_to_not_convert".into(),
+                    found: format!("`{name}`"),
+                    expected: "a module name or a regular expression".into(),
+                }
             })
         });
         Ok(Self { patterns: patterns.collect::<Result<_, _>>()?, names })
@@ -245,9 +247,13 @@ impl ModelConfig {
         })?;
         let mut config = Self::from_json(&json)?;
         // Generation settings may name more end tokens than the model's own config does (`<|eot_id|>`).
-        if let Some(ids) = file.json_beside("generation_config.json")?.as_ref().and_then(|g| g.get("eos_token_id")) {
+        if let Some(ids) =
+            file.json_beside("generation_config.json")?.as_ref().and_then(|g| g.get("eos_token_id"))
+        {
             let ids = ids.as_array().map_or(std::slice::from_ref(ids), Vec::as_slice);
-            for id in ids.iter().filter_map(serde_json::Value::as_u64).filter(|&id| id < config.vocab_size as u64) {
+            for id in
+                ids.iter().filter_map(serde_json::Value::as_u64).filter(|&id| id < config.vocab_size as u64)
+            {
                 if !config.eos.contains(&(id as u32)) {
                     config.eos.push(id as u32);
                 }
@@ -279,7 +285,8 @@ impl ModelConfig {
             // Their layers divide by the bare root mean square, of inputs as small as 1e-3; only a zero row needs an ε. The final
             // norm has 1e-5 in the original, which scales all logits of a position alike by some 1e-6.
             config.rms_norm_eps = 1e-20;
-            config.numerics = Numerics::Ternary(Ternary { storage: Storage::SelfDescribed, exceptions: None });
+            config.numerics =
+                Numerics::Ternary(Ternary { storage: Storage::SelfDescribed, exceptions: None });
         }
         config.check()
     }
@@ -353,13 +360,21 @@ impl ModelConfig {
             return Err(value_error("quantization_config.rms_norm_eps", eps, "a small positive number"));
         }
         if self.windows.len() != self.num_layers {
-            return Err(value_error("layer_types", self.windows.len(), format!("{} layers", self.num_layers)));
+            return Err(value_error(
+                "layer_types",
+                self.windows.len(),
+                format!("{} layers", self.num_layers),
+            ));
         }
         if self.windows.contains(&Some(0)) {
             return Err(value_error("sliding_window", 0, "at least 1"));
         }
         if let Some(id) = self.bos.iter().chain(&self.eos).find(|&&id| id as usize >= self.vocab_size) {
-            return Err(value_error("bos_token_id / eos_token_id", id, format!("below vocab_size = {}", self.vocab_size)));
+            return Err(value_error(
+                "bos_token_id / eos_token_id",
+                id,
+                format!("below vocab_size = {}", self.vocab_size),
+            ));
         }
         self.rope.check(self.head_dim)?;
         Ok(self)

@@ -53,7 +53,12 @@ pub struct CpuSource<'a> {
 
 impl<'a> CpuSource<'a> {
     /// A source over `weights` for `kernels`.
-    pub fn new(weights: Weights<'a>, kernels: &'static Kernels, pool: &'a Pool, activations: ActivationType) -> Self {
+    pub fn new(
+        weights: Weights<'a>,
+        kernels: &'static Kernels,
+        pool: &'a Pool,
+        activations: ActivationType,
+    ) -> Self {
         Self { weights, kernels, pool, activations }
     }
 }
@@ -176,7 +181,9 @@ impl Ops for CpuOps<'_, '_> {
     type Vector = Vec<f32>;
 
     fn embed(&mut self, table: &CpuMatrix, ids: &[u32]) -> Buf {
-        let CpuMatrix::Dense(table) = table else { unreachable!("embeddings are read as Role::Embedding, always dense") };
+        let CpuMatrix::Dense(table) = table else {
+            unreachable!("embeddings are read as Role::Embedding, always dense")
+        };
         let mut out = self.work.buf(ids.len(), table.cols());
         for (row, &id) in out.data.chunks_mut(table.cols()).zip(ids) {
             table.row_f32(id as usize, row);
@@ -208,7 +215,9 @@ impl Ops for CpuOps<'_, '_> {
                     packed.push(matrix);
                     packed_out.push(&mut out.data);
                 }
-                CpuMatrix::Dense(matrix) => matrix.matmul(self.kernels, &x.data, tokens, &mut out.data, self.pool),
+                CpuMatrix::Dense(matrix) => {
+                    matrix.matmul(self.kernels, &x.data, tokens, &mut out.data, self.pool)
+                }
             }
         }
         if !packed.is_empty() {
@@ -286,7 +295,9 @@ impl Ops for CpuOps<'_, '_> {
 
     fn add(&mut self, mut x: Buf, y: Buf) -> Buf {
         let (kernels, width) = (self.kernels, x.width);
-        self.by_rows(&mut x.data, width, |t, row| kernels.add_assign(row, &y.data[t * width..(t + 1) * width]));
+        self.by_rows(&mut x.data, width, |t, row| {
+            kernels.add_assign(row, &y.data[t * width..(t + 1) * width])
+        });
         self.release(y);
         x
     }

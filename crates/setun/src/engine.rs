@@ -83,10 +83,12 @@ impl Engine {
     /// Bytes of weights that decoding one token reads: every matrix once, one row of an embedding that is not the head.
     pub fn bytes_per_token(&self) -> usize {
         let model = &self.model;
-        let linear = |l: &Linear<CpuMatrix, Vec<f32>>| l.matrix.bytes() + l.bias.as_ref().map_or(0, |b| 4 * b.len());
-        let layers = model.layers.iter().map(|l| {
-            [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].map(linear).iter().sum::<usize>()
-        });
+        let linear =
+            |l: &Linear<CpuMatrix, Vec<f32>>| l.matrix.bytes() + l.bias.as_ref().map_or(0, |b| 4 * b.len());
+        let layers = model
+            .layers
+            .iter()
+            .map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].map(linear).iter().sum::<usize>());
         layers.sum::<usize>() + linear(model.head.as_ref().unwrap_or(&model.embed))
     }
 
@@ -94,7 +96,12 @@ impl Engine {
     pub fn session(&self, kv: KvType, limit: Option<usize>) -> Session<'_> {
         let config = self.config();
         let limit = limit.unwrap_or(config.max_positions);
-        Session { engine: self, cache: KvCache::new(config, kv, limit), work: Workspace::new(config), logits: Vec::new() }
+        Session {
+            engine: self,
+            cache: KvCache::new(config, kv, limit),
+            work: Workspace::new(config),
+            logits: Vec::new(),
+        }
     }
 }
 

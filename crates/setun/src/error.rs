@@ -109,8 +109,10 @@ pub enum ModelError {
         what: String,
     },
     /// A sequence would outgrow the context.
-    #[error("the context is full: {used} tokens so far and {more} more do not fit into {limit} positions; shorten the \
-             prompt, or start a new sequence")]
+    #[error(
+        "the context is full: {used} tokens so far and {more} more do not fit into {limit} positions; shorten the \
+             prompt, or start a new sequence"
+    )]
     ContextFull {
         /// Positions filled.
         used: usize,
@@ -150,37 +152,22 @@ pub enum ModelError {
 
 impl ModelError {
     pub(crate) fn read(path: &Path, source: std::io::Error) -> Self {
-        Self::Read {
-            path: path.to_owned(),
-            source,
-        }
+        Self::Read { path: path.to_owned(), source }
     }
 
     pub(crate) fn write(path: &Path, source: std::io::Error) -> Self {
-        Self::Write {
-            path: path.to_owned(),
-            source,
-        }
+        Self::Write { path: path.to_owned(), source }
     }
 
     pub(crate) fn format(path: &Path, what: impl Into<String>) -> Self {
-        Self::Format {
-            path: path.to_owned(),
-            what: what.into(),
-        }
+        Self::Format { path: path.to_owned(), what: what.into() }
     }
 
     pub(crate) fn unsupported(path: &Path, what: impl Into<String>) -> Self {
-        Self::Unsupported {
-            path: path.to_owned(),
-            what: what.into(),
-        }
+        Self::Unsupported { path: path.to_owned(), what: what.into() }
     }
 
     pub(crate) fn tensor(name: &str, what: impl Into<String>) -> Self {
-        Self::Tensor {
-            name: name.to_owned(),
-            what: what.into(),
-        }
+        Self::Tensor { name: name.to_owned(), what: what.into() }
     }
 }

@@ -54,7 +54,11 @@ pub fn perplexity(
     let limit = engine.config().max_positions;
     if context < 2 || context > limit {
         let expected = format!("2 to {limit}, the model's own limit");
-        return Err(ModelError::ConfigValue { field: "context".into(), found: context.to_string(), expected });
+        return Err(ModelError::ConfigValue {
+            field: "context".into(),
+            found: context.to_string(),
+            expected,
+        });
     }
     if stride == 0 || stride >= context {
         let expected = format!("1 to {}, below the context", context - 1);
@@ -79,7 +83,9 @@ pub fn perplexity(
         session.truncate(0);
         let (targets, new) = (&ids[begin + 1..end], scored - begin - 1);
         session.feed_each(&ids[begin..end - 1], new, &mut |first, logits| {
-            for (row, &target) in logits.chunks_exact(vocab).zip(&targets[first..]).skip(new.saturating_sub(first)) {
+            for (row, &target) in
+                logits.chunks_exact(vocab).zip(&targets[first..]).skip(new.saturating_sub(first))
+            {
                 let log_sum = engine.kernels().log_sum_exp(row);
                 result.nats += f64::from(log_sum - row[target as usize]);
                 result.tokens += 1;
@@ -98,7 +104,8 @@ mod tests {
     use std::path::Path;
 
     fn model() -> (Engine, Tokenizer) {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/models/bitnet-tied-packed-small");
+        let folder =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/models/bitnet-tied-packed-small");
         let engine = Engine::open(&folder, &EngineOptions::default()).unwrap();
         (engine, Tokenizer::from_folder(&folder).unwrap())
     }
@@ -109,7 +116,8 @@ mod tests {
         let text = "The treasure of Captain Flint was buried on the island, and nobody had found it since.";
         let total = tokenizer.encode(text, true).unwrap().len() - 1;
         for (context, stride) in [(64, 63), (16, 8), (16, 1), (5, 4), (512, 100)] {
-            let found = perplexity(&engine, &tokenizer, text, Windows { context, stride }, &mut |_, _| {}).unwrap();
+            let found =
+                perplexity(&engine, &tokenizer, text, Windows { context, stride }, &mut |_, _| {}).unwrap();
             assert_eq!(found.tokens, total, "context {context}, stride {stride}");
         }
     }
@@ -119,7 +127,9 @@ mod tests {
         let (engine, tokenizer) = model();
         let text = "him he had fallen back";
         let ids = tokenizer.encode(text, true).unwrap();
-        let found = perplexity(&engine, &tokenizer, text, Windows { context: 128, stride: 64 }, &mut |_, _| {}).unwrap();
+        let found =
+            perplexity(&engine, &tokenizer, text, Windows { context: 128, stride: 64 }, &mut |_, _| {})
+                .unwrap();
         let mut session = engine.session(KvType::F32, None);
         let logits = session.feed_all(&ids[..ids.len() - 1], None).unwrap();
         let nats: f64 = logits
@@ -139,7 +149,8 @@ mod tests {
         // Beyond the model's 512 positions, so that a window takes more than one batch.
         let mut config = engine.config().clone();
         config.max_positions = 2000;
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/models/bitnet-tied-packed-small");
+        let folder =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/models/bitnet-tied-packed-small");
         let file = crate::format::Checkpoint::open(folder).unwrap();
         let engine = Engine::load(&file, config, &EngineOptions::default()).unwrap();
         let text = "He had fallen back, and nobody knew why. ".repeat(40);
@@ -150,7 +161,8 @@ mod tests {
         let mut session = engine.session(KvType::F32, None);
         let logits = session.feed_all(&ids[..ids.len() - 1], None).unwrap();
         let rows = logits.chunks(engine.config().vocab_size).zip(&ids[1..]);
-        let nats: f64 = rows.map(|(row, &id)| f64::from(engine.kernels().log_sum_exp(row) - row[id as usize])).sum();
+        let nats: f64 =
+            rows.map(|(row, &id)| f64::from(engine.kernels().log_sum_exp(row) - row[id as usize])).sum();
         assert_eq!((found.nats, found.tokens), (nats, ids.len() - 1));
     }
 
@@ -163,7 +175,8 @@ mod tests {
         let vocab = engine.config().vocab_size as u32;
         let (last, rest) = ids.split_last().unwrap();
         assert!(*last >= vocab && rest.iter().all(|&id| id < vocab), "{ids:?}");
-        let found = perplexity(&engine, &other, "the日z", Windows { context: 64, stride: 32 }, &mut |_, _| {});
+        let found =
+            perplexity(&engine, &other, "the日z", Windows { context: 64, stride: 32 }, &mut |_, _| {});
         assert!(found.unwrap_err().to_string().contains("outside the vocabulary"));
     }
 
@@ -171,7 +184,10 @@ mod tests {
     fn windows_that_cannot_be_are_refused() {
         let (engine, tokenizer) = model();
         for (context, stride) in [(1, 1), (8, 8), (8, 0), (100_000, 10)] {
-            assert!(perplexity(&engine, &tokenizer, "some text", Windows { context, stride }, &mut |_, _| {}).is_err());
+            assert!(
+                perplexity(&engine, &tokenizer, "some text", Windows { context, stride }, &mut |_, _| {})
+                    .is_err()
+            );
         }
     }
 }

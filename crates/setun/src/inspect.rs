@@ -77,7 +77,9 @@ pub fn survey(file: &Checkpoint, config: &ModelConfig) -> Result<Survey, ModelEr
     Model::build(config.clone(), &mut reader)?;
     let Reader { mut used, ternary_weights, mut found, .. } = reader;
     // The configuration's own tensor, which no layer asks for.
-    used.extend(matches!(config.rope.scaling, RopeScaling::Divisors(_)).then(|| "rope_freqs.weight".to_owned()));
+    used.extend(
+        matches!(config.rope.scaling, RopeScaling::Divisors(_)).then(|| "rope_freqs.weight".to_owned()),
+    );
     found.unused = file.tensors().map(|t| t.name.clone()).filter(|name| !used.contains(name)).collect();
     let zeros: usize = found.packing.values().filter_map(|group| group.zeros).sum();
     found.zero_fraction = (ternary_weights > 0).then(|| zeros as f64 / ternary_weights as f64);

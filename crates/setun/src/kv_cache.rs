@@ -146,7 +146,14 @@ impl KvCache {
     }
 
     /// Stores one token's keys and values `[kv_heads * head_dim]` of `layer` at `position`.
-    pub(crate) fn put(&mut self, kernels: &Kernels, layer: usize, position: usize, keys: &[f32], values: &[f32]) {
+    pub(crate) fn put(
+        &mut self,
+        kernels: &Kernels,
+        layer: usize,
+        position: usize,
+        keys: &[f32],
+        values: &[f32],
+    ) {
         let (d, capacity) = (self.head_dim, self.capacity);
         let [key_store, value_store] = &mut self.layers[layer];
         for head in 0..self.kv_heads {

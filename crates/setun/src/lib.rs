@@ -6,20 +6,20 @@
 //! token, [`generate`] puts them together and [`stop`] watches for strings that end a text. [`inspect`] tells what a file
 //! holds, [`eval`] scores a model, [`convert`] rewrites one. [`error`] says why something could not be done.
 
-pub mod error;
-pub mod format;
-pub mod config;
-pub mod weights;
-pub mod tokenizer;
 pub mod chat;
-pub mod ops;
-pub mod model;
-pub mod cpu;
-pub mod kv_cache;
-pub mod engine;
-pub mod sampler;
-pub mod generate;
-pub mod stop;
-pub mod inspect;
-pub mod eval;
+pub mod config;
 pub mod convert;
+pub mod cpu;
+pub mod engine;
+pub mod error;
+pub mod eval;
+pub mod format;
+pub mod generate;
+pub mod inspect;
+pub mod kv_cache;
+pub mod model;
+pub mod ops;
+pub mod sampler;
+pub mod stop;
+pub mod tokenizer;
+pub mod weights;

@@ -30,7 +30,13 @@ pub trait Source {
     ///
     /// # Errors
     /// When it is absent, of another shape, or not decodable.
-    fn matrix(&mut self, name: &str, rows: usize, cols: usize, role: Role) -> Result<Self::Matrix, ModelError>;
+    fn matrix(
+        &mut self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        role: Role,
+    ) -> Result<Self::Matrix, ModelError>;
 
     /// The vector `name` of `len` elements.
     ///
@@ -86,9 +92,13 @@ impl<M, V> Model<M, V> {
     ///
     /// # Errors
     /// The source's first refusal.
-    pub fn build(config: ModelConfig, source: &mut impl Source<Matrix = M, Vector = V>) -> Result<Self, ModelError> {
+    pub fn build(
+        config: ModelConfig,
+        source: &mut impl Source<Matrix = M, Vector = V>,
+    ) -> Result<Self, ModelError> {
         let c = &config;
-        let embed = source.matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size, Role::Embedding)?;
+        let embed =
+            source.matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size, Role::Embedding)?;
         let layers = (0..c.num_layers).map(|n| Layer::build(c, n, source)).collect::<Result<_, _>>()?;
         let norm = source.vector("model.norm.weight", c.hidden_size)?;
         let head = match c.tied {
@@ -120,11 +130,16 @@ impl<M, V> Model<M, V> {
 }
 
 impl<M, V> Layer<M, V> {
-    fn build(c: &ModelConfig, n: usize, source: &mut impl Source<Matrix = M, Vector = V>) -> Result<Self, ModelError> {
+    fn build(
+        c: &ModelConfig,
+        n: usize,
+        source: &mut impl Source<Matrix = M, Vector = V>,
+    ) -> Result<Self, ModelError> {
         let (hidden, ffn) = (c.hidden_size, c.intermediate_size);
         let (q_out, kv_out) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let name = |part: &str| format!("model.layers.{n}.{part}");
-        let linear = |source: &mut _, part: &str, rows, cols, bias| linear(c, source, &name(part), rows, cols, bias);
+        let linear =
+            |source: &mut _, part: &str, rows, cols, bias| linear(c, source, &name(part), rows, cols, bias);
         Ok(Self {
             attn_norm: source.vector(&name("input_layernorm.weight"), hidden)?,
             q: linear(source, "self_attn.q_proj", q_out, hidden, c.qkv_bias)?,
@@ -140,7 +155,13 @@ impl<M, V> Layer<M, V> {
         })
     }
 
-    fn forward<O: Ops<Matrix = M, Vector = V>>(&self, c: &ModelConfig, n: usize, ops: &mut O, x: O::Buf) -> O::Buf {
+    fn forward<O: Ops<Matrix = M, Vector = V>>(
+        &self,
+        c: &ModelConfig,
+        n: usize,
+        ops: &mut O,
+        x: O::Buf,
+    ) -> O::Buf {
         let normed = ops.rms_norm(&x, &self.attn_norm, c.rms_norm_eps);
         let [q, k, v] = project(c, ops, &normed, [&self.q, &self.k, &self.v]);
         ops.release(normed);
@@ -176,7 +197,12 @@ fn linear<M, V>(
     Ok(Linear {
         matrix: source.matrix(&format!("{name}.weight"), rows, cols, role)?,
         bias: optional(bias, source, &format!("{name}.bias"), rows)?,
-        norm: optional(ternary && c.inner_norm_eps.is_some(), source, &format!("{name}.rms_norm.weight"), cols)?,
+        norm: optional(
+            ternary && c.inner_norm_eps.is_some(),
+            source,
+            &format!("{name}.rms_norm.weight"),
+            cols,
+        )?,
     })
 }
 

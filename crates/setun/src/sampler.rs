@@ -54,10 +54,7 @@ impl Default for Sampling {
 impl Sampling {
     /// Always the likeliest token.
     pub fn greedy() -> Self {
-        Self {
-            temperature: 0.0,
-            ..Self::default()
-        }
+        Self { temperature: 0.0, ..Self::default() }
     }
 
     /// # Errors
@@ -71,53 +68,28 @@ impl Sampling {
                 finite(self.temperature) && self.temperature >= 0.0,
                 "0 or more",
             ),
-            (
-                "top_p",
-                self.top_p,
-                self.top_p > 0.0 && self.top_p <= 1.0,
-                "more than 0, at most 1",
-            ),
-            (
-                "min_p",
-                self.min_p,
-                (0.0..=1.0).contains(&self.min_p),
-                "0 to 1",
-            ),
+            ("top_p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "more than 0, at most 1"),
+            ("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "0 to 1"),
             (
                 "repetition_penalty",
                 self.repetition_penalty,
                 finite(self.repetition_penalty) && self.repetition_penalty > 0.0,
                 "more than 0",
             ),
-            (
-                "frequency_penalty",
-                self.frequency_penalty,
-                finite(self.frequency_penalty),
-                "a finite number",
-            ),
-            (
-                "presence_penalty",
-                self.presence_penalty,
-                finite(self.presence_penalty),
-                "a finite number",
-            ),
+            ("frequency_penalty", self.frequency_penalty, finite(self.frequency_penalty), "a finite number"),
+            ("presence_penalty", self.presence_penalty, finite(self.presence_penalty), "a finite number"),
         ];
         match checks.into_iter().find(|check| !check.2) {
             None => Ok(()),
-            Some((name, value, _, expected)) => Err(ModelError::Sampling {
-                name,
-                value: value.to_string(),
-                expected,
-            }),
+            Some((name, value, _, expected)) => {
+                Err(ModelError::Sampling { name, value: value.to_string(), expected })
+            }
         }
     }
 
     fn penalises(&self) -> bool {
-        let neutral = (
-            self.repetition_penalty,
-            self.frequency_penalty,
-            self.presence_penalty,
-        ) == (1.0, 0.0, 0.0);
+        let neutral =
+            (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) == (1.0, 0.0, 0.0);
         self.repeat_last_n > 0 && !neutral
     }
 }
@@ -138,12 +110,7 @@ impl Sampler {
     pub fn new(sampling: Sampling) -> Result<Self, ModelError> {
         sampling.validate()?;
         let random = sampling.seed;
-        Ok(Self {
-            sampling,
-            random,
-            recent: VecDeque::new(),
-            candidates: Vec::new(),
-        })
+        Ok(Self { sampling, random, recent: VecDeque::new(), candidates: Vec::new() })
     }
 
     /// Notes a token of the text (of the prompt, or one that was chosen) for the penalties.
@@ -166,25 +133,15 @@ impl Sampler {
         let Some((best, largest)) = first_largest(logits) else {
             return 0;
         };
-        let Sampling {
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            ..
-        } = self.sampling;
+        let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
         if temperature == 0.0 || largest == f32::INFINITY {
             return best;
         }
         // Weight of the likeliest is 1, so min-p is a bound on the weight itself.
         let weight = |logit: f32| exp((logit - largest) / temperature);
         self.candidates.clear();
-        let usable = logits
-            .iter()
-            .zip(0u32..)
-            .filter(|(logit, _)| **logit > f32::NEG_INFINITY);
-        self.candidates
-            .extend(usable.map(|(&logit, id)| (logit, id)));
+        let usable = logits.iter().zip(0u32..).filter(|(logit, _)| **logit > f32::NEG_INFINITY);
+        self.candidates.extend(usable.map(|(&logit, id)| (logit, id)));
         let candidates = &mut self.candidates;
         if top_k > 0 && top_k < candidates.len() {
             candidates.select_nth_unstable_by(top_k - 1, likelier);
@@ -200,10 +157,7 @@ impl Sampler {
         if min_p > 0.0 {
             candidates.retain(|&(weight, _)| weight >= min_p);
         }
-        let total: f64 = candidates
-            .iter()
-            .map(|&(weight, _)| f64::from(weight))
-            .sum();
+        let total: f64 = candidates.iter().map(|&(weight, _)| f64::from(weight)).sum();
         let target = self.uniform() * total;
         let mut sum = 0.0;
         for &(weight, id) in &self.candidates {
@@ -228,13 +182,8 @@ impl Sampler {
                 continue;
             };
             let factor = self.sampling.repetition_penalty;
-            *logit = if *logit > 0.0 {
-                *logit / factor
-            } else {
-                *logit * factor
-            };
-            *logit -=
-                count as f32 * self.sampling.frequency_penalty + self.sampling.presence_penalty;
+            *logit = if *logit > 0.0 { *logit / factor } else { *logit * factor };
+            *logit -= count as f32 * self.sampling.frequency_penalty + self.sampling.presence_penalty;
         }
     }
 
@@ -268,10 +217,7 @@ fn likelier(a: &(f32, u32), b: &(f32, u32)) -> Ordering {
 /// Keeps the shortest list of likeliest candidates whose weights reach `top_p` of the total.
 /// Leaves them likeliest first. Sorts only as many as it needs.
 fn keep_top_p(candidates: &mut Vec<(f32, u32)>, top_p: f32) {
-    let total: f64 = candidates
-        .iter()
-        .map(|&(weight, _)| f64::from(weight))
-        .sum();
+    let total: f64 = candidates.iter().map(|&(weight, _)| f64::from(weight)).sum();
     let target = f64::from(top_p) * total;
     let (mut sorted, mut sum) = (0, 0.0);
     while sorted < candidates.len() {
@@ -301,40 +247,23 @@ mod tests {
     }
 
     fn open(seed: u64) -> Sampling {
-        Sampling {
-            temperature: 1.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            seed,
-            ..Sampling::default()
-        }
+        Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed, ..Sampling::default() }
     }
 
     fn draws(sampling: Sampling, logits: &[f32], count: usize) -> Vec<u32> {
         let mut sampler = sampler(sampling);
-        (0..count)
-            .map(|_| sampler.sample(&mut logits.to_vec()))
-            .collect()
+        (0..count).map(|_| sampler.sample(&mut logits.to_vec())).collect()
     }
 
     /// Logits of a small fixed pseudo-random vocabulary.
     fn vocabulary(size: u32) -> Vec<f32> {
-        (0..size)
-            .map(|i| (i.wrapping_mul(2654435761) >> 8) as f32 / (1 << 22) as f32 - 2.0)
-            .collect()
+        (0..size).map(|i| (i.wrapping_mul(2654435761) >> 8) as f32 / (1 << 22) as f32 - 2.0).collect()
     }
 
     #[test]
     fn greedy_takes_the_first_of_the_largest() {
-        assert_eq!(
-            sampler(Sampling::greedy()).sample(&mut [1.0, 3.0, f32::NAN, 3.0]),
-            1
-        );
-        assert_eq!(
-            sampler(Sampling::greedy()).sample(&mut [-2.0, f32::NAN, -1.0]),
-            2
-        );
+        assert_eq!(sampler(Sampling::greedy()).sample(&mut [1.0, 3.0, f32::NAN, 3.0]), 1);
+        assert_eq!(sampler(Sampling::greedy()).sample(&mut [-2.0, f32::NAN, -1.0]), 2);
     }
 
     #[test]
@@ -352,14 +281,9 @@ mod tests {
     #[test]
     fn a_seed_gives_these_ids_for_good() {
         let mut state = sampler(open(42));
-        let first: Vec<u64> = (0..2)
-            .map(|_| (state.uniform() * (1u64 << 53) as f64) as u64)
-            .collect();
+        let first: Vec<u64> = (0..2).map(|_| (state.uniform() * (1u64 << 53) as f64) as u64).collect();
         // SplitMix64(42) = 13679457532755275413, 2949826092126892291 (reference implementation).
-        assert_eq!(
-            first,
-            [13679457532755275413u64 >> 11, 2949826092126892291u64 >> 11]
-        );
+        assert_eq!(first, [13679457532755275413u64 >> 11, 2949826092126892291u64 >> 11]);
     }
 
     #[test]
@@ -368,37 +292,16 @@ mod tests {
         let ids = draws(open(7), &logits, 40_000);
         for (id, expected) in [(0, 1.0 / 8.0), (1, 2.0 / 8.0), (2, 5.0 / 8.0)] {
             let share = ids.iter().filter(|&&x| x == id).count() as f64 / ids.len() as f64;
-            assert!(
-                (share - expected).abs() < 0.01,
-                "id {id}: {share}, expected {expected}"
-            );
+            assert!((share - expected).abs() < 0.01, "id {id}: {share}, expected {expected}");
         }
     }
 
     #[test]
     fn top_k_keeps_the_largest_and_the_smaller_ids_among_equals() {
         let logits = [1.0, 2.0, 2.0, 2.0, 0.0];
-        let ids = draws(
-            Sampling {
-                top_k: 2,
-                ..open(1)
-            },
-            &logits,
-            300,
-        );
+        let ids = draws(Sampling { top_k: 2, ..open(1) }, &logits, 300);
         assert!(ids.iter().all(|id| [1, 2].contains(id)) && ids.contains(&1) && ids.contains(&2));
-        assert!(
-            draws(
-                Sampling {
-                    top_k: 1,
-                    ..open(1)
-                },
-                &logits,
-                50
-            )
-            .iter()
-            .all(|&id| id == 1)
-        );
+        assert!(draws(Sampling { top_k: 1, ..open(1) }, &logits, 50).iter().all(|&id| id == 1));
     }
 
     #[test]
@@ -428,11 +331,7 @@ mod tests {
             });
             let count = count.count();
             // The totals are summed in different orders, so the cut may differ by one candidate.
-            assert!(
-                parts.len().abs_diff(count) <= 1,
-                "{} and {count}",
-                parts.len()
-            );
+            assert!(parts.len().abs_diff(count) <= 1, "{} and {count}", parts.len());
             assert_eq!(parts, full[..parts.len()]);
         }
     }
@@ -440,14 +339,7 @@ mod tests {
     #[test]
     fn min_p_drops_what_is_far_below_the_likeliest() {
         let logits = [0.0, (0.2f32).ln(), (0.05f32).ln()];
-        let ids = draws(
-            Sampling {
-                min_p: 0.1,
-                ..open(5)
-            },
-            &logits,
-            500,
-        );
+        let ids = draws(Sampling { min_p: 0.1, ..open(5) }, &logits, 500);
         assert!(ids.contains(&1) && !ids.contains(&2));
     }
 
@@ -477,52 +369,16 @@ mod tests {
     fn settings_out_of_range_are_refused_by_name() {
         let valid = Sampling::default();
         let cases = [
-            (
-                "temperature",
-                Sampling {
-                    temperature: -1.0,
-                    ..valid.clone()
-                },
-            ),
-            (
-                "temperature",
-                Sampling {
-                    temperature: f32::NAN,
-                    ..valid.clone()
-                },
-            ),
-            (
-                "top_p",
-                Sampling {
-                    top_p: 0.0,
-                    ..valid.clone()
-                },
-            ),
-            (
-                "min_p",
-                Sampling {
-                    min_p: 1.5,
-                    ..valid.clone()
-                },
-            ),
-            (
-                "repetition_penalty",
-                Sampling {
-                    repetition_penalty: 0.0,
-                    ..valid.clone()
-                },
-            ),
-            (
-                "presence_penalty",
-                Sampling {
-                    presence_penalty: f32::INFINITY,
-                    ..valid.clone()
-                },
-            ),
+            ("temperature", Sampling { temperature: -1.0, ..valid.clone() }),
+            ("temperature", Sampling { temperature: f32::NAN, ..valid.clone() }),
+            ("top_p", Sampling { top_p: 0.0, ..valid.clone() }),
+            ("min_p", Sampling { min_p: 1.5, ..valid.clone() }),
+            ("repetition_penalty", Sampling { repetition_penalty: 0.0, ..valid.clone() }),
+            ("presence_penalty", Sampling { presence_penalty: f32::INFINITY, ..valid.clone() }),
         ];
         assert!(valid.validate().is_ok());
         for (name, sampling) in cases {
-            let error = Sampler::new(sampling).err().expect("refused").to_string();
+            let error = Sampler::new(sampling).expect_err("refused").to_string();
             assert!(error.contains(name), "{error}");
         }
     }

@@ -158,7 +158,13 @@ impl<'a> Weights<'a> {
         Self::one_scale(tensor.name(), rows, cols, &trits, magnitude * extra.unwrap_or(1.0))
     }
 
-    fn one_scale(name: &str, rows: usize, cols: usize, trits: &[i8], scale: f32) -> Result<Weight, ModelError> {
+    fn one_scale(
+        name: &str,
+        rows: usize,
+        cols: usize,
+        trits: &[i8],
+        scale: f32,
+    ) -> Result<Weight, ModelError> {
         TernaryMatrix::from_trits(rows, cols, trits, Scales::Tensor(scale))
             .map(Weight::Ternary)
             .map_err(|e| ModelError::tensor(name, e.to_string()))
@@ -186,7 +192,9 @@ impl<'a> Weights<'a> {
         }
         match name {
             _ if name.contains("self_attn.q_proj.") && !name.contains("rms_norm") => Some(self.config.heads),
-            _ if name.contains("self_attn.k_proj.") && !name.contains("rms_norm") => Some(self.config.kv_heads),
+            _ if name.contains("self_attn.k_proj.") && !name.contains("rms_norm") => {
+                Some(self.config.kv_heads)
+            }
             _ => None,
         }
     }
@@ -197,13 +205,16 @@ impl<'a> Weights<'a> {
         let Some(scale) = self.file.find(&name)? else { return Ok(None) };
         match scale.to_f32()?[..] {
             [one] if one.is_finite() && one > 0.0 => Ok(Some(one)),
-            ref other => Err(ModelError::tensor(&name, format!("one positive scale is expected, found {other:?}"))),
+            ref other => {
+                Err(ModelError::tensor(&name, format!("one positive scale is expected, found {other:?}")))
+            }
         }
     }
 
     /// `autobitlinear` adds the bias before it multiplies by the scale, so the bias is scaled here.
     fn bias_scale(&self, name: &str) -> Result<Option<f32>, ModelError> {
-        let multiplies = matches!(&self.config.numerics, Numerics::Ternary(t) if t.storage == Storage::Multiply);
+        let multiplies =
+            matches!(&self.config.numerics, Numerics::Ternary(t) if t.storage == Storage::Multiply);
         match name.strip_suffix(".bias") {
             Some(module) if multiplies && self.config.is_ternary(module) => {
                 let scale = self.file.tensor(&format!("{module}.weight_scale"))?;
@@ -295,7 +306,9 @@ fn rescale(matrix: TernaryMatrix, extra: Option<f32>, name: &str) -> Result<Tern
     let scales = match matrix.scales() {
         Scales::Tensor(scale) => Scales::Tensor(scale * extra),
         Scales::Row(values) => Scales::Row(times(values)),
-        Scales::Block { rows, cols, values } => Scales::Block { rows: *rows, cols: *cols, values: times(values) },
+        Scales::Block { rows, cols, values } => {
+            Scales::Block { rows: *rows, cols: *cols, values: times(values) }
+        }
     };
     TernaryMatrix::new(matrix.rows(), matrix.cols(), matrix.codes().to_vec(), scales)
         .map_err(|e| ModelError::tensor(name, e.to_string()))

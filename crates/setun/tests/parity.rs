@@ -52,7 +52,8 @@ fn compare(what: &str, found: &[f32], expected: &[f32], width: usize, tolerance:
     let max = apart.iter().copied().fold(0.0, f32::max);
     let mean = apart.iter().sum::<f32>() / apart.len() as f32;
     let rows = found.len() / width;
-    let same = found.chunks(width).zip(expected.chunks(width)).filter(|(a, b)| argmax(a) == argmax(b)).count();
+    let same =
+        found.chunks(width).zip(expected.chunks(width)).filter(|(a, b)| argmax(a) == argmax(b)).count();
     eprintln!("{what}: max {max:.2e}, mean {mean:.2e}, argmax {same}/{rows}");
     assert!(max <= tolerance.max && mean <= tolerance.mean, "{what}: max {max}, mean {mean}");
     assert!(same as f32 >= tolerance.argmax * rows as f32, "{what}: argmax equal in {same} of {rows}");
@@ -191,12 +192,18 @@ fn the_full_reference_set_agrees_where_it_is_at_hand() {
 
 /// Every way of running one model.
 fn all_ways() -> impl Iterator<Item = (&'static Kernels, usize, usize)> {
-    Kernels::available().flat_map(|k| [1, 2, 3].into_iter().flat_map(move |t| [1, 7, 512].map(move |b| (k, t, b))))
+    Kernels::available()
+        .flat_map(|k| [1, 2, 3].into_iter().flat_map(move |t| [1, 7, 512].map(move |b| (k, t, b))))
 }
 
 #[test]
 fn logits_have_the_same_bits_on_every_kernel_thread_count_and_prefill_chunking() {
-    for folder in ["bitnet-tied-packed-small", "llama-bitnet-online-rmsnorm", "mistral-sliding-window", "rope-llama-yarn"] {
+    for folder in [
+        "bitnet-tied-packed-small",
+        "llama-bitnet-online-rmsnorm",
+        "mistral-sliding-window",
+        "rope-llama-yarn",
+    ] {
         let path = golden().join(folder);
         let expected = Expected(Checkpoint::open(path.join("expected/values.safetensors")).unwrap());
         let ids = expected.ids("input_ids");
@@ -207,7 +214,10 @@ fn logits_have_the_same_bits_on_every_kernel_thread_count_and_prefill_chunking()
                 let mut session = engine.session(kv, None);
                 let logits = session.feed_in_batches(&ids, batch).unwrap();
                 let bits: Vec<u32> = logits.iter().map(|x| x.to_bits()).collect();
-                let what = format!("{folder}: {} with {threads} threads in batches of {batch}, {kv}", kernels.name());
+                let what = format!(
+                    "{folder}: {} with {threads} threads in batches of {batch}, {kv}",
+                    kernels.name()
+                );
                 assert_eq!(first.get_or_insert_with(|| bits.clone()), &bits, "{what}");
             }
         }
@@ -236,7 +246,10 @@ fn configurations_survive_the_way_through_json() {
 }
 
 /// Loads `path` under a changed configuration and runs a few tokens; whatever happens, it must not panic.
-fn try_config(path: &Path, read: impl Fn(&Checkpoint) -> Result<ModelConfig, ModelError>) -> Result<(), String> {
+fn try_config(
+    path: &Path,
+    read: impl Fn(&Checkpoint) -> Result<ModelConfig, ModelError>,
+) -> Result<(), String> {
     let file = Checkpoint::open(path).unwrap();
     let config = read(&file).map_err(|e| e.to_string())?;
     let options = EngineOptions { threads: Some(1), ..EngineOptions::default() };
@@ -250,8 +263,22 @@ fn try_config(path: &Path, read: impl Fn(&Checkpoint) -> Result<ModelConfig, Mod
 fn hostile_values_in_a_config_are_errors_or_harmless() {
     use serde_json::json;
     let values = [
-        json!(null), json!(0), json!(1), json!(-1), json!(3), json!(1u64 << 31), json!(u64::MAX), json!(1e300), json!(1e-300),
-        json!(0.5), json!(true), json!("x"), json!([]), json!({}), json!([1, "x"]), json!([4_000_000_000u32]),
+        json!(null),
+        json!(0),
+        json!(1),
+        json!(-1),
+        json!(3),
+        json!(1u64 << 31),
+        json!(u64::MAX),
+        json!(1e300),
+        json!(1e-300),
+        json!(0.5),
+        json!(true),
+        json!("x"),
+        json!([]),
+        json!({}),
+        json!([1, "x"]),
+        json!([4_000_000_000u32]),
     ];
     let scalings = ["linear", "dynamic", "yarn", "llama3"].map(|kind| {
         json!({"rope_type": kind, "factor": 2.0, "original_max_position_embeddings": 2, "low_freq_factor": 1.0,
@@ -262,7 +289,9 @@ fn hostile_values_in_a_config_are_errors_or_harmless() {
         let text = std::fs::read_to_string(folder.join("config.json")).unwrap();
         let original: serde_json::Value = serde_json::from_str(&text).unwrap();
         let mut keys: Vec<String> = original.as_object().unwrap().keys().cloned().collect();
-        keys.extend(["head_dim", "partial_rotary_factor", "layer_types", "rope_parameters"].map(String::from));
+        keys.extend(
+            ["head_dim", "partial_rotary_factor", "layer_types", "rope_parameters"].map(String::from),
+        );
         for key in &keys {
             for value in &values {
                 let mut json = original.clone();
@@ -290,10 +319,24 @@ fn hostile_values_in_a_config_are_errors_or_harmless() {
 #[test]
 fn hostile_values_in_gguf_keys_are_errors_or_harmless() {
     let values = [
-        Value::U32(0), Value::U32(1), Value::U32(3), Value::I32(-1), Value::U32(u32::MAX), Value::U64(u64::MAX),
-        Value::F32(0.0), Value::F32(-1.0), Value::F32(f32::NAN), Value::F32(f32::INFINITY), Value::F32(1e-38), Value::F32(0.5),
-        Value::String("yarn".into()), Value::String("linear".into()), Value::String(String::new()),
-        Value::Array(Array::U32(Vec::new())), Value::Array(Array::U32(vec![1, 2])), Value::Array(Array::U32(vec![u32::MAX; 2])),
+        Value::U32(0),
+        Value::U32(1),
+        Value::U32(3),
+        Value::I32(-1),
+        Value::U32(u32::MAX),
+        Value::U64(u64::MAX),
+        Value::F32(0.0),
+        Value::F32(-1.0),
+        Value::F32(f32::NAN),
+        Value::F32(f32::INFINITY),
+        Value::F32(1e-38),
+        Value::F32(0.5),
+        Value::String("yarn".into()),
+        Value::String("linear".into()),
+        Value::String(String::new()),
+        Value::Array(Array::U32(Vec::new())),
+        Value::Array(Array::U32(vec![1, 2])),
+        Value::Array(Array::U32(vec![u32::MAX; 2])),
     ];
     for name in ["llama-bf16-gguf", "bitnet-tied-packed-small-gguf"] {
         let mut files = std::fs::read_dir(golden().join(name)).unwrap().map(|f| f.unwrap().path());
@@ -303,8 +346,15 @@ fn hostile_values_in_gguf_keys_are_errors_or_harmless() {
         let arch = metadata.str("general.architecture").unwrap().unwrap();
         let mut keys: Vec<String> = metadata.iter().map(|(key, _)| key.to_owned()).collect();
         keys.retain(|key| key.starts_with(arch) || key.ends_with("_token_id"));
-        let more = ["rope.scaling.factor", "rope.scaling.type", "rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast",
-            "rope.scaling.original_context_length", "attention.key_length", "attention.sliding_window"];
+        let more = [
+            "rope.scaling.factor",
+            "rope.scaling.type",
+            "rope.scaling.attn_factor",
+            "rope.scaling.yarn_beta_fast",
+            "rope.scaling.original_context_length",
+            "attention.key_length",
+            "attention.sliding_window",
+        ];
         keys.extend(more.map(|key| format!("{arch}.{key}")));
         for scaling in [None, Some("linear"), Some("yarn")] {
             for (key, value) in keys.iter().flat_map(|key| values.iter().map(move |value| (key, value))) {

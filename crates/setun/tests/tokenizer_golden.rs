@@ -12,19 +12,12 @@ use tokenizer_common::*;
 /// Folders with a `tokenizer.json` and expected ids.
 fn folders() -> Vec<PathBuf> {
     let roots = ["models", "tokenizers"].map(|root| std::fs::read_dir(golden(root)).unwrap());
-    let folders = roots
-        .into_iter()
-        .flatten()
-        .map(|entry| entry.unwrap().path());
-    folders
-        .filter(|folder| folder.join("expected/tokenizer_cases.json").exists())
-        .collect()
+    let folders = roots.into_iter().flatten().map(|entry| entry.unwrap().path());
+    folders.filter(|folder| folder.join("expected/tokenizer_cases.json").exists()).collect()
 }
 
 fn untied() -> Tokenizer {
-    let folder = folders()
-        .into_iter()
-        .find(|folder| folder.ends_with("llama-bitnet-packed"));
+    let folder = folders().into_iter().find(|folder| folder.ends_with("llama-bitnet-packed"));
     Tokenizer::from_folder(&folder.expect("golden/models/llama-bitnet-packed")).unwrap()
 }
 
@@ -38,10 +31,7 @@ fn folders_give_the_reference_ids_texts_and_chats() {
         let json = tokenizer.to_json().unwrap();
         let again = Tokenizer::from_json_bytes(json.as_bytes()).unwrap();
         for text in test_texts() {
-            assert_eq!(
-                tokenizer.encode(&text, true).unwrap(),
-                again.encode(&text, true).unwrap()
-            );
+            assert_eq!(tokenizer.encode(&text, true).unwrap(), again.encode(&text, true).unwrap());
         }
     }
 }
@@ -65,9 +55,7 @@ fn a_conversation_has_one_bos_whether_template_or_tokenizer_writes_it() {
         tokenizer.decode(&ids, false).unwrap(),
         "<|begin_of_text|>User: Who is Jim?<|eot_id|>Assistant: "
     );
-    let with = tokenizer
-        .encode_prompt("<|begin_of_text|>User: hi")
-        .unwrap();
+    let with = tokenizer.encode_prompt("<|begin_of_text|>User: hi").unwrap();
     assert_eq!(with, tokenizer.encode_prompt("User: hi").unwrap());
 }
 
@@ -106,10 +94,7 @@ fn phi_3_ids_equal_llama_cpps() {
 fn phi_3_as_tokenizer_json_gives_the_same_ids() {
     let tokenizer = gguf(&golden("tokenizers/ggml-vocab-phi-3.gguf"));
     let again = Tokenizer::from_json_bytes(tokenizer.to_json().unwrap().as_bytes()).unwrap();
-    let texts: Vec<String> = test_texts()
-        .into_iter()
-        .filter(|text| !text.is_empty())
-        .collect();
+    let texts: Vec<String> = test_texts().into_iter().filter(|text| !text.is_empty()).collect();
     check_same(&tokenizer, &again, &texts);
 }
 
@@ -176,37 +161,20 @@ fn hostile_gguf_vocabularies_are_refused_with_the_key_at_fault() {
         ("tokenizer.ggml.model", text("none")),
         ("tokenizer.ggml.model", text("rwkv")),
         ("tokenizer.ggml.model", Value::U32(1)),
-        (
-            "tokenizer.ggml.tokens",
-            Value::Array(Array::String(Vec::new())),
-        ),
+        ("tokenizer.ggml.tokens", Value::Array(Array::String(Vec::new()))),
         ("tokenizer.ggml.tokens", Value::Array(Array::U32(vec![1]))),
         ("tokenizer.ggml.scores", Value::Array(Array::F32(vec![0.0]))),
-        (
-            "tokenizer.ggml.scores",
-            Value::Array(Array::F32(vec![f32::NAN; 263])),
-        ),
-        (
-            "tokenizer.ggml.token_type",
-            Value::Array(Array::I32(vec![9; 263])),
-        ),
-        (
-            "tokenizer.ggml.token_type",
-            Value::Array(Array::I32(vec![6; 263])),
-        ),
+        ("tokenizer.ggml.scores", Value::Array(Array::F32(vec![f32::NAN; 263]))),
+        ("tokenizer.ggml.token_type", Value::Array(Array::I32(vec![9; 263]))),
+        ("tokenizer.ggml.token_type", Value::Array(Array::I32(vec![6; 263]))),
         ("tokenizer.ggml.bos_token_id", Value::U32(263)),
         ("tokenizer.ggml.eos_token_id", Value::U64(1 << 40)),
-        (
-            "tokenizer.ggml.precompiled_charsmap",
-            Value::Array(Array::U8(vec![255; 9])),
-        ),
+        ("tokenizer.ggml.precompiled_charsmap", Value::Array(Array::U8(vec![255; 9]))),
     ];
     for (key, value) in cases {
         let mut metadata = small_llama();
         metadata.insert(key, value.clone());
-        let error = Tokenizer::from_gguf(&metadata)
-            .err()
-            .unwrap_or_else(|| panic!("{key} {value:?}"));
+        let error = Tokenizer::from_gguf(&metadata).err().unwrap_or_else(|| panic!("{key} {value:?}"));
         assert!(!error.to_string().is_empty());
     }
 }
@@ -219,10 +187,7 @@ fn unknown_split_rules_are_refused_by_name() {
     }
     metadata.insert("tokenizer.ggml.pre", Value::String("future-9".into()));
     let error = Tokenizer::from_gguf(&metadata).unwrap_err().to_string();
-    assert!(
-        error.contains("`future-9`") && error.contains("llama-bpe"),
-        "{error}"
-    );
+    assert!(error.contains("`future-9`") && error.contains("llama-bpe"), "{error}");
     let broken = Value::Array(Array::String(vec!["a zzzz".into()]));
     metadata.insert("tokenizer.ggml.pre", Value::String("llama-bpe".into()));
     metadata.insert("tokenizer.ggml.merges", broken);

@@ -49,19 +49,9 @@ fn ggml_vocabularies_give_llama_cpps_ids() {
 /// The merge that makes a token is found by merging its bytes with only the tokens of lower rank.
 fn tiktoken(path: &Path) -> Metadata {
     let text = std::fs::read_to_string(path).unwrap();
-    let tokens: Vec<Vec<u8>> = text
-        .lines()
-        .map(|line| {
-            BASE64_STANDARD
-                .decode(line.split(' ').next().unwrap())
-                .unwrap()
-        })
-        .collect();
-    let ranks: HashMap<&[u8], usize> = tokens
-        .iter()
-        .enumerate()
-        .map(|(i, t)| (t.as_slice(), i))
-        .collect();
+    let tokens: Vec<Vec<u8>> =
+        text.lines().map(|line| BASE64_STANDARD.decode(line.split(' ').next().unwrap()).unwrap()).collect();
+    let ranks: HashMap<&[u8], usize> = tokens.iter().enumerate().map(|(i, t)| (t.as_slice(), i)).collect();
     let printable = |byte: u8| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     let others: Vec<u8> = (0..=255).filter(|&byte| !printable(byte)).collect();
     let spell = |bytes: &[u8]| -> String {
@@ -72,21 +62,14 @@ fn tiktoken(path: &Path) -> Metadata {
         bytes.iter().map(code).collect()
     };
     let mut merges = Vec::new();
-    'tokens: for (rank, token) in tokens
-        .iter()
-        .enumerate()
-        .filter(|(_, token)| token.len() > 1)
-    {
+    'tokens: for (rank, token) in tokens.iter().enumerate().filter(|(_, token)| token.len() > 1) {
         let mut parts: Vec<&[u8]> = token.chunks(1).collect();
         while parts.len() > 2 {
             let best = (0..parts.len() - 1)
                 .filter_map(|i| {
                     let start: usize = parts[..i].iter().map(|part| part.len()).sum();
                     let joined = &token[start..start + parts[i].len() + parts[i + 1].len()];
-                    ranks
-                        .get(joined)
-                        .filter(|&&r| r < rank)
-                        .map(|&r| (r, i, joined))
+                    ranks.get(joined).filter(|&&r| r < rank).map(|&r| (r, i, joined))
                 })
                 .min();
             // A token that no merges lead to: found whole or not at all.
@@ -105,10 +88,7 @@ fn tiktoken(path: &Path) -> Metadata {
     }
     let mut metadata = Metadata::new();
     metadata.insert("tokenizer.ggml.model", Value::String("gpt2".into()));
-    metadata.insert(
-        "tokenizer.ggml.bos_token_id",
-        Value::U32(tokens.len() as u32),
-    );
+    metadata.insert("tokenizer.ggml.bos_token_id", Value::U32(tokens.len() as u32));
     metadata.insert("tokenizer.ggml.tokens", Value::Array(Array::String(texts)));
     metadata.insert("tokenizer.ggml.token_type", Value::Array(Array::I32(types)));
     metadata.insert("tokenizer.ggml.merges", Value::Array(Array::String(merges)));
@@ -128,11 +108,7 @@ fn llama_3_ids_equal_llama_cpps_even_without_a_pre_key() {
     check_out_file(&without, &out);
     assert_eq!(without.encode("Hello", true).unwrap(), [128000, 9906]);
     metadata.insert("tokenizer.ggml.pre", Value::String("llama-bpe".into()));
-    check_same(
-        &without,
-        &Tokenizer::from_gguf(&metadata).unwrap(),
-        &test_texts(),
-    );
+    check_same(&without, &Tokenizer::from_gguf(&metadata).unwrap(), &test_texts());
 }
 
 #[test]
@@ -141,16 +117,10 @@ fn gpt_2_json_gives_the_published_ids() {
         return;
     };
     let tokenizer = Tokenizer::from_json_file(&path).unwrap();
-    check_out_file(
-        &tokenizer,
-        &shared(&format!("{VOCABULARIES}/ggml-vocab-gpt-2.out")).unwrap(),
-    );
+    check_out_file(&tokenizer, &shared(&format!("{VOCABULARIES}/ggml-vocab-gpt-2.out")).unwrap());
     let text =
-        std::fs::read_to_string(shared("data/tokenizers/vectors/microsoft_lib.rs.txt").unwrap())
-            .unwrap();
-    let expected = ids(&json(
-        &shared("data/tokenizers/vectors/microsoft_tokens_gpt2.json").unwrap(),
-    ));
+        std::fs::read_to_string(shared("data/tokenizers/vectors/microsoft_lib.rs.txt").unwrap()).unwrap();
+    let expected = ids(&json(&shared("data/tokenizers/vectors/microsoft_tokens_gpt2.json").unwrap()));
     assert_eq!(tokenizer.encode(&text, false).unwrap(), expected);
     check_stream(&tokenizer, &expected);
     check_same(&tokenizer, &through_gguf(&tokenizer), &[text]);
@@ -179,10 +149,7 @@ fn llama_2_as_sentencepiece_file_and_as_gguf_agree_with_llama_cpp() {
         return;
     };
     let tokenizer = Tokenizer::from_sentencepiece(&std::fs::read(path).unwrap()).unwrap();
-    check_out_file(
-        &tokenizer,
-        &shared(&format!("{VOCABULARIES}/ggml-vocab-llama-spm.out")).unwrap(),
-    );
+    check_out_file(&tokenizer, &shared(&format!("{VOCABULARIES}/ggml-vocab-llama-spm.out")).unwrap());
     check_same(&tokenizer, &through_gguf(&tokenizer), &test_texts());
 }
 
@@ -212,9 +179,7 @@ fn golden_folders_and_their_gguf_twins_give_the_reference_ids() {
     let mut folders = Vec::new();
     for entry in std::fs::read_dir(root).unwrap() {
         let folder = entry.unwrap().path();
-        if folder.join("tokenizer.json").exists()
-            && folder.join("expected/tokenizer_cases.json").exists()
-        {
+        if folder.join("tokenizer.json").exists() && folder.join("expected/tokenizer_cases.json").exists() {
             folders.push(folder);
         }
     }
@@ -225,10 +190,7 @@ fn golden_folders_and_their_gguf_twins_give_the_reference_ids() {
         let twin = PathBuf::from(format!("{}-gguf", folder.display()));
         for file in std::fs::read_dir(twin).into_iter().flatten() {
             let file = file.unwrap().path();
-            if file
-                .extension()
-                .is_some_and(|extension| extension == "gguf")
-            {
+            if file.extension().is_some_and(|extension| extension == "gguf") {
                 check_gguf_cases(&file, &cases);
             }
         }
@@ -237,22 +199,14 @@ fn golden_folders_and_their_gguf_twins_give_the_reference_ids() {
 
 #[test]
 fn bonsai_files_give_the_reference_ids() {
-    for name in [
-        "qwen3-tied",
-        "qwen3-untied-hd128",
-        "qwen3-hadamard-v1",
-        "qwen35-basic",
-    ] {
+    for name in ["qwen3-tied", "qwen3-untied-hd128", "qwen3-hadamard-v1", "qwen35-basic"] {
         let Some(folder) = shared(&format!("golden/bonsai/{name}")) else {
             return;
         };
         let cases = folder.join("tokenizer_cases.json");
         for file in std::fs::read_dir(&folder).unwrap() {
             let file = file.unwrap().path();
-            if file
-                .extension()
-                .is_some_and(|extension| extension == "gguf")
-            {
+            if file.extension().is_some_and(|extension| extension == "gguf") {
                 check_gguf_cases(&file, &cases);
             }
         }
@@ -285,12 +239,7 @@ fn check_gguf_cases(file: &Path, cases: &Path) {
             continue;
         }
         let bare = ids(case.get("ids_no_special").unwrap_or(&case["ids"]));
-        assert_eq!(
-            tokenizer.encode(text, false).unwrap(),
-            bare,
-            "{}: {text:?}",
-            file.display()
-        );
+        assert_eq!(tokenizer.encode(text, false).unwrap(), bare, "{}: {text:?}", file.display());
         check_stream(&tokenizer, &bare);
     }
 }
@@ -303,29 +252,17 @@ fn published_vectors_of_bert_t5_falcon_and_gpt_2_are_met() {
     let bert = gguf(&shared(&format!("{VOCABULARIES}/ggml-vocab-bert-bge.gguf")).unwrap());
     let expected = json(&shared("data/tokenizers/vectors/bert_uncased_rust_article.json").unwrap());
     let text = std::fs::read_to_string(article).unwrap();
-    assert_eq!(
-        bert.encode(&text, true).unwrap(),
-        ids(&expected["token_ids"])
-    );
+    assert_eq!(bert.encode(&text, true).unwrap(), ids(&expected["token_ids"]));
 
     let t5 = std::fs::read(shared("data/tokenizers/t5/spiece.model").unwrap()).unwrap();
     let t5 = Tokenizer::from_sentencepiece(&t5).unwrap();
-    let gpt2 =
-        Tokenizer::from_json_file(&shared("data/tokenizers/gpt2/tokenizer.json").unwrap()).unwrap();
+    let gpt2 = Tokenizer::from_json_file(&shared("data/tokenizers/gpt2/tokenizer.json").unwrap()).unwrap();
     let vectors = json(&shared("data/tokenizers/vectors/swift_tokenizer_tests.json").unwrap());
-    for (name, tokenizer) in [
-        ("bert-base-uncased", &bert),
-        ("t5-base", &t5),
-        ("distilgpt2", &gpt2),
-    ] {
+    for (name, tokenizer) in [("bert-base-uncased", &bert), ("t5-base", &t5), ("distilgpt2", &gpt2)] {
         for case in vectors[name].as_array().unwrap() {
             let text = case["input"].as_str().unwrap();
             let expected = ids(&case["encoded"]["input_ids"]);
-            assert_eq!(
-                tokenizer.encode(text, true).unwrap(),
-                expected,
-                "{name}: {text:?}"
-            );
+            assert_eq!(tokenizer.encode(text, true).unwrap(), expected, "{name}: {text:?}");
         }
     }
 }

@@ -24,20 +24,9 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(
-        heads: usize,
-        kv_heads: usize,
-        head_dim: usize,
-        window: Option<usize>,
-        tokens: usize,
-    ) -> Self {
-        let shape = AttentionShape {
-            heads,
-            kv_heads,
-            head_dim,
-            scale: 1.0 / (head_dim as f32).sqrt(),
-            window,
-        };
+    fn new(heads: usize, kv_heads: usize, head_dim: usize, window: Option<usize>, tokens: usize) -> Self {
+        let shape =
+            AttentionShape { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt(), window };
         let capacity = tokens + 9;
         let mut keys = noise(kv_heads * capacity * head_dim, 22);
         let mut values = noise(kv_heads * capacity * head_dim, 23);
@@ -48,17 +37,8 @@ impl Layer {
             values[beyond].fill(f32::INFINITY);
         }
         // Large queries, so that the maximum moves from block to block.
-        let q = noise(tokens * heads * head_dim, 21)
-            .iter()
-            .map(|x| x * 6.0)
-            .collect();
-        Self {
-            shape,
-            capacity,
-            q,
-            keys,
-            values,
-        }
+        let q = noise(tokens * heads * head_dim, 21).iter().map(|x| x * 6.0).collect();
+        Self { shape, capacity, q, keys, values }
     }
 
     fn width(&self) -> usize {
@@ -75,46 +55,24 @@ impl Layer {
         } else {
             (KvData::F16(&keys), KvData::F16(&values))
         };
-        k.attention(
-            &self.shape,
-            q,
-            from,
-            keys,
-            values,
-            self.capacity,
-            &mut out,
-            pool,
-        );
+        k.attention(&self.shape, q, from, keys, values, self.capacity, &mut out, pool);
         out
     }
 
     /// The textbook formula in f64 on the f32 cache.
     fn naive(&self, token: usize) -> Vec<f64> {
-        let AttentionShape {
-            heads,
-            kv_heads,
-            head_dim,
-            scale,
-            window,
-        } = self.shape;
+        let AttentionShape { heads, kv_heads, head_dim, scale, window } = self.shape;
         let mut out = vec![0.0; self.width()];
         for h in 0..heads {
             let q = &self.q[token * self.width() + h * head_dim..][..head_dim];
             let row = |data: &'_ [f32], j: usize| -> Vec<f64> {
                 let start = (h / (heads / kv_heads) * self.capacity + j) * head_dim;
-                data[start..start + head_dim]
-                    .iter()
-                    .map(|&x| f64::from(x))
-                    .collect()
+                data[start..start + head_dim].iter().map(|&x| f64::from(x)).collect()
             };
             let seen = (0..=token).filter(|j| window.is_none_or(|w| j + w > token));
             let weights: Vec<(usize, f64)> = seen
                 .map(|j| {
-                    let dot: f64 = q
-                        .iter()
-                        .zip(row(&self.keys, j))
-                        .map(|(&q, k)| f64::from(q) * k)
-                        .sum();
+                    let dot: f64 = q.iter().zip(row(&self.keys, j)).map(|(&q, k)| f64::from(q) * k).sum();
                     (j, (dot * f64::from(scale)).exp())
                 })
                 .collect();
@@ -202,13 +160,7 @@ fn bits_do_not_depend_on_how_the_prompt_is_cut() {
         for chunk in [1, 2, 3, 5, 7, 31, 63, 64, 65, 127] {
             let mut pieces = Vec::new();
             for from in (0..tokens).step_by(chunk) {
-                pieces.extend(bits(&layer.run(
-                    k,
-                    from,
-                    tokens.min(from + chunk),
-                    false,
-                    &pool,
-                )));
+                pieces.extend(bits(&layer.run(k, from, tokens.min(from + chunk), false, &pool)));
             }
             assert_eq!(pieces, whole, "pieces of {chunk}, {:?}", layer.shape);
         }
@@ -224,27 +176,18 @@ fn keys_outside_of_the_mask_do_not_touch_the_result() {
         let clean = bits(&layer.run(k, 70, 90, true, &pool));
         for head in 0..2 {
             for position in 0..=60 {
-                let cells = (head * layer.capacity + position) * 24
-                    ..(head * layer.capacity + position + 1) * 24;
+                let cells =
+                    (head * layer.capacity + position) * 24..(head * layer.capacity + position + 1) * 24;
                 layer.keys[cells.clone()].fill(f32::INFINITY);
                 layer.values[cells].fill(f32::NAN);
             }
         }
-        assert_eq!(
-            bits(&layer.run(k, 70, 90, true, &pool)),
-            clean,
-            "{}",
-            k.name()
-        );
+        assert_eq!(bits(&layer.run(k, 70, 90, true, &pool)), clean, "{}", k.name());
     }
 }
 
 #[test]
 fn no_tokens_are_no_work() {
     let layer = Layer::new(2, 1, 8, None, 3);
-    assert!(
-        layer
-            .run(Kernels::best(), 2, 2, true, &Pool::new(2))
-            .is_empty()
-    );
+    assert!(layer.run(Kernels::best(), 2, 2, true, &Pool::new(2)).is_empty());
 }

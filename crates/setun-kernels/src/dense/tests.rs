@@ -26,27 +26,14 @@ fn matrices(rows: usize, cols: usize) -> Vec<DenseMatrix> {
         }
         all.push(DenseData::Q8_0(bytes));
     }
-    all.into_iter()
-        .map(|data| DenseMatrix::new(rows, cols, data).unwrap())
-        .collect()
+    all.into_iter().map(|data| DenseMatrix::new(rows, cols, data).unwrap()).collect()
 }
 
 #[test]
 fn every_product_has_the_bits_of_dot_for_any_batch_kernel_and_thread_count() {
     let pools = [1, 2, 3, 4].map(Pool::new);
-    let shapes = [
-        (0, 7),
-        (1, 0),
-        (5, 0),
-        (1, 1),
-        (3, 16),
-        (4, 31),
-        (7, 32),
-        (70, 33),
-        (131, 96),
-        (9, 640),
-        (2, 1600),
-    ];
+    let shapes =
+        [(0, 7), (1, 0), (5, 0), (1, 1), (3, 16), (4, 31), (7, 32), (70, 33), (131, 96), (9, 640), (2, 1600)];
     for (rows, cols) in shapes {
         for matrix in matrices(rows, cols) {
             let mut row = vec![0.0; cols];
@@ -65,10 +52,7 @@ fn every_product_has_the_bits_of_dot_for_any_batch_kernel_and_thread_count() {
                     for pool in &pools {
                         let mut out = vec![f32::NAN; tokens * rows];
                         matrix.matmul(k, &x, tokens, &mut out, pool);
-                        let same = out
-                            .iter()
-                            .zip(&expected)
-                            .all(|(a, b)| a.to_bits() == b.to_bits());
+                        let same = out.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits());
                         assert!(
                             same,
                             "{}, {rows} x {cols}, {tokens} tokens, {} threads, {:.60}",
@@ -85,23 +69,16 @@ fn every_product_has_the_bits_of_dot_for_any_batch_kernel_and_thread_count() {
 
 #[test]
 fn rows_are_the_stored_values() {
-    let q8: Vec<u8> = [
-        f16::from_f32(0.5).to_le_bytes().to_vec(),
-        (0..32).map(|i| (i * 8) as u8).collect(),
-    ]
-    .concat();
+    let q8: Vec<u8> =
+        [f16::from_f32(0.5).to_le_bytes().to_vec(), (0..32).map(|i| (i * 8) as u8).collect()].concat();
     let matrix = DenseMatrix::new(1, 32, DenseData::Q8_0(q8)).unwrap();
     let mut row = [0.0; 32];
     matrix.row_f32(0, &mut row);
     let expected: [f32; 32] = std::array::from_fn(|i| 0.5 * f32::from((i * 8) as u8 as i8));
     assert_eq!(row, expected);
     assert_eq!(matrix.bytes(), 34);
-    let matrix = DenseMatrix::new(
-        2,
-        1,
-        DenseData::BF16(vec![bf16::from_f32(3.0), bf16::from_f32(-0.25)]),
-    )
-    .unwrap();
+    let matrix =
+        DenseMatrix::new(2, 1, DenseData::BF16(vec![bf16::from_f32(3.0), bf16::from_f32(-0.25)])).unwrap();
     matrix.row_f32(1, &mut row[..1]);
     assert_eq!(row[0], -0.25);
     assert_eq!(matrix.bytes(), 4);
@@ -128,22 +105,12 @@ fn infinite_and_denormal_weights_are_exact_in_every_instruction_set() {
 
 #[test]
 fn weights_that_do_not_fit_the_shape_are_refused_with_both_lengths() {
-    let error = DenseMatrix::new(3, 5, DenseData::F32(vec![0.0; 14]))
-        .unwrap_err()
-        .to_string();
+    let error = DenseMatrix::new(3, 5, DenseData::F32(vec![0.0; 14])).unwrap_err().to_string();
     assert!(error.contains("15") && error.contains("14"), "{error}");
     let error = DenseMatrix::new(2, 33, DenseData::Q8_0(vec![0; 68])).unwrap_err();
     assert_eq!(error, DenseError::Blocks { cols: 33 });
     let error = DenseMatrix::new(2, 64, DenseData::Q8_0(vec![0; 135])).unwrap_err();
-    assert_eq!(
-        error,
-        DenseError::Length {
-            rows: 2,
-            cols: 64,
-            expected: Some(136),
-            found: 135
-        }
-    );
+    assert_eq!(error, DenseError::Length { rows: 2, cols: 64, expected: Some(136), found: 135 });
     let error = DenseMatrix::new(usize::MAX, 2, DenseData::F16(Vec::new())).unwrap_err();
     assert!(error.to_string().contains("larger than memory"), "{error}");
 }

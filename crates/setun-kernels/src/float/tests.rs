@@ -42,31 +42,17 @@ fn extremes(len: usize) -> Vec<f32> {
         f32::NEG_INFINITY,
         6.1e-5,
     ];
-    (0..len)
-        .map(|i| special[(i * 7 + i / 22) % special.len()])
-        .collect()
+    (0..len).map(|i| special[(i * 7 + i / 22) % special.len()]).collect()
 }
 
 /// Bits, with one representative for all NaN.
 fn bits(x: &[f32]) -> Vec<u32> {
-    x.iter()
-        .map(|x| {
-            if x.is_nan() {
-                f32::NAN.to_bits()
-            } else {
-                x.to_bits()
-            }
-        })
-        .collect()
+    x.iter().map(|x| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() }).collect()
 }
 
 /// Distance in units of the last place of the exact result, which has at least denormal spacing.
 fn ulp(got: f32, exact: f64) -> f64 {
-    let spacing = if exact == 0.0 {
-        -149
-    } else {
-        (exact.abs().log2().floor() as i32 - 23).max(-149)
-    };
+    let spacing = if exact == 0.0 { -149 } else { (exact.abs().log2().floor() as i32 - 23).max(-149) };
     (f64::from(got) - exact).abs() / 2f64.powi(spacing)
 }
 
@@ -84,12 +70,7 @@ fn dot_is_sixteen_fused_chains_folded_in_a_fixed_tree() {
             }
         }
         for k in Kernels::available() {
-            assert_eq!(
-                k.dot(&a, &b).to_bits(),
-                lanes[0].to_bits(),
-                "{}, length {len}",
-                k.name()
-            );
+            assert_eq!(k.dot(&a, &b).to_bits(), lanes[0].to_bits(), "{}, length {len}", k.name());
         }
     }
 }
@@ -156,10 +137,7 @@ fn every_instruction_set_gives_the_bits_of_scalar() {
     for len in lengths() {
         let mut rare = noise(len, 5, 20.0);
         rare.iter_mut().step_by(7).for_each(|x| *x = f32::NAN);
-        rare.iter_mut()
-            .skip(3)
-            .step_by(11)
-            .for_each(|x| *x = f32::INFINITY);
+        rare.iter_mut().skip(3).step_by(11).for_each(|x| *x = f32::INFINITY);
         let inputs = [
             (noise(len, 3, 20.0), noise(len, 4, 2.0)),
             (extremes(len), noise(len, 4, 2.0)),
@@ -171,12 +149,7 @@ fn every_instruction_set_gives_the_bits_of_scalar() {
                 let expected = bits(&operation(scalar, a, b));
                 for k in Kernels::available() {
                     let found = bits(&operation(k, a, b));
-                    assert_eq!(
-                        found,
-                        expected,
-                        "{name} on {}, length {len}, input {which}",
-                        k.name()
-                    );
+                    assert_eq!(found, expected, "{name} on {}, length {len}, input {which}", k.name());
                 }
             }
         }
@@ -186,11 +159,7 @@ fn every_instruction_set_gives_the_bits_of_scalar() {
 #[test]
 fn exp_is_within_one_ulp_and_the_free_function_has_the_vector_bits() {
     // 1 in 4001 of all finite floats of either sign up to ±110.
-    let x: Vec<f32> = (0..110f32.to_bits())
-        .step_by(4001)
-        .map(f32::from_bits)
-        .flat_map(|x| [x, -x])
-        .collect();
+    let x: Vec<f32> = (0..110f32.to_bits()).step_by(4001).map(f32::from_bits).flat_map(|x| [x, -x]).collect();
     for k in Kernels::available() {
         let mut y = x.clone();
         k.exp_in_place(&mut y);
@@ -204,13 +173,7 @@ fn exp_is_within_one_ulp_and_the_free_function_has_the_vector_bits() {
                 worst = (ulp(y, exact), x);
             }
         }
-        assert!(
-            worst.0 <= 1.0,
-            "{}: e^{} is {} ulp off",
-            k.name(),
-            worst.1,
-            worst.0
-        );
+        assert!(worst.0 <= 1.0, "{}: e^{} is {} ulp off", k.name(), worst.1, worst.0);
     }
     assert_eq!(exp(0.0), 1.0);
     assert_eq!(exp(-0.0), 1.0);
@@ -224,11 +187,7 @@ fn logarithm_is_within_one_ulp_from_one_upwards() {
     for i in 0..2_000_000u32 {
         let x = f32::from_bits(1f32.to_bits() + i * 401);
         let exact = f64::from(x).ln();
-        assert!(
-            ulp(ln(x), exact) <= 1.0,
-            "ln {x}: {} instead of {exact}",
-            ln(x)
-        );
+        assert!(ulp(ln(x), exact) <= 1.0, "ln {x}: {} instead of {exact}", ln(x));
     }
     assert_eq!(ln(1.0), 0.0);
     assert_eq!(ln(0.0), f32::NEG_INFINITY);
@@ -250,28 +209,16 @@ fn norms_gates_and_softmax_are_close_to_f64() {
     k.rms_norm(&x, Some(&w), 1e-5, &mut out);
     let mean = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / 1000.0;
     for i in 0..1000 {
-        close(
-            out[i],
-            f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(w[i]),
-            "rms_norm",
-        );
+        close(out[i], f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(w[i]), "rms_norm");
     }
     k.silu_gate(&x, &w, &mut out);
     for i in 0..1000 {
         let g = f64::from(x[i]);
-        close(
-            out[i],
-            g / (1.0 + (-g).exp()) * f64::from(w[i]),
-            "silu_gate",
-        );
+        close(out[i], g / (1.0 + (-g).exp()) * f64::from(w[i]), "silu_gate");
     }
     k.relu2_gate(&x, &w, &mut out);
     for i in 0..1000 {
-        close(
-            out[i],
-            f64::from(x[i].max(0.0)).powi(2) * f64::from(w[i]),
-            "relu2_gate",
-        );
+        close(out[i], f64::from(x[i].max(0.0)).powi(2) * f64::from(w[i]), "relu2_gate");
     }
     out.copy_from_slice(&x);
     k.softmax_in_place(&mut out);
@@ -279,11 +226,7 @@ fn norms_gates_and_softmax_are_close_to_f64() {
     for i in 0..1000 {
         // The exponent's own rounding (x - max, up to 60) is 2e-6 of the result.
         let exact = f64::from(x[i]).exp() / sum;
-        assert!(
-            (f64::from(out[i]) - exact).abs() <= 3e-6 * exact,
-            "softmax: {} instead of {exact}",
-            out[i]
-        );
+        assert!((f64::from(out[i]) - exact).abs() <= 3e-6 * exact, "softmax: {} instead of {exact}", out[i]);
     }
     close(k.log_sum_exp(&x), sum.ln(), "log_sum_exp");
 }
@@ -312,10 +255,7 @@ fn argmax_takes_the_first_of_equals_and_never_nan() {
     for k in Kernels::available() {
         assert_eq!(k.argmax(&[]), 0);
         assert_eq!(k.argmax(&[f32::NAN; 20]), 0);
-        assert_eq!(
-            k.argmax(&[f32::NAN, f32::NEG_INFINITY, f32::NEG_INFINITY]),
-            1
-        );
+        assert_eq!(k.argmax(&[f32::NAN, f32::NEG_INFINITY, f32::NEG_INFINITY]), 1);
         for len in [1, 15, 16, 17, 300, 1001] {
             for at in 0..len {
                 let mut x = vec![-5.0; len];
@@ -339,23 +279,12 @@ fn rope_turns_half_split_pairs_of_every_head_and_leaves_the_rest() {
         let mut y = x.clone();
         k.rope(&mut y, heads, head_dim, &cos, &sin);
         for h in 0..heads {
-            let (x, y) = (
-                &x[h * head_dim..][..head_dim],
-                &y[h * head_dim..][..head_dim],
-            );
+            let (x, y) = (&x[h * head_dim..][..head_dim], &y[h * head_dim..][..head_dim]);
             for j in 0..pairs {
                 let (a, b) = (f64::from(x[j]), f64::from(x[j + pairs]));
                 let (c, s) = (f64::from(cos[j]), f64::from(sin[j]));
-                assert!(
-                    (f64::from(y[j]) - (a * c - b * s)).abs() < 1e-6,
-                    "{}",
-                    k.name()
-                );
-                assert!(
-                    (f64::from(y[j + pairs]) - (b * c + a * s)).abs() < 1e-6,
-                    "{}",
-                    k.name()
-                );
+                assert!((f64::from(y[j]) - (a * c - b * s)).abs() < 1e-6, "{}", k.name());
+                assert!((f64::from(y[j + pairs]) - (b * c + a * s)).abs() < 1e-6, "{}", k.name());
             }
             assert_eq!(y[2 * pairs..], x[2 * pairs..]);
         }
@@ -367,18 +296,13 @@ fn cache_values_round_to_nearest_even_and_overflow_to_infinity() {
     // Every half float, the values half way to the next one, and their neighbours; NaN included.
     let mut x = Vec::new();
     for h in 0..=u16::MAX {
-        let (here, next) = (
-            f16::from_bits(h).to_f32_const(),
-            f16::from_bits(h.wrapping_add(1)).to_f32_const(),
-        );
+        let (here, next) =
+            (f16::from_bits(h).to_f32_const(), f16::from_bits(h.wrapping_add(1)).to_f32_const());
         let middle = (here + next) / 2.0;
         x.extend([here, middle, middle.next_up(), middle.next_down()]);
     }
     x.extend([65519.0, 65520.0, 1e9, -1e9, 1e-45, f32::MAX]);
-    let expected: Vec<u16> = x
-        .iter()
-        .map(|&x| f16::from_f32_const(x).to_bits())
-        .collect();
+    let expected: Vec<u16> = x.iter().map(|&x| f16::from_f32_const(x).to_bits()).collect();
     for k in Kernels::available() {
         let mut half = vec![f16::ZERO; x.len()];
         k.store_kv(&x, &mut half);

@@ -110,22 +110,14 @@ impl Lanes for Avx512 {
     }
     #[inline(always)]
     fn fold(self, v: __m512) -> f32 {
-        unsafe {
-            fold8(_mm256_add_ps(
-                _mm512_castps512_ps256(v),
-                _mm512_extractf32x8_ps::<1>(v),
-            ))
-        }
+        unsafe { fold8(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v))) }
     }
     #[inline(always)]
     fn fold_each(self, v: &[__m512; LANES]) -> __m512 {
         unsafe {
             let a = wide_to_two(v, 0);
             let b = wide_to_two(v, 2);
-            _mm512_add_ps(
-                _mm512_shuffle_ps::<0x88>(a, b),
-                _mm512_shuffle_ps::<0xDD>(a, b),
-            )
+            _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xDD>(a, b))
         }
     }
 }
@@ -136,12 +128,7 @@ impl Lanes for Avx512 {
 /// `a` and `b` folded to eight lanes each.
 #[inline(always)]
 unsafe fn wide_to_eight(a: __m512, b: __m512) -> __m512 {
-    unsafe {
-        _mm512_add_ps(
-            _mm512_shuffle_f32x4::<0x44>(a, b),
-            _mm512_shuffle_f32x4::<0xEE>(a, b),
-        )
-    }
+    unsafe { _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b)) }
 }
 
 /// Four lanes of each of four inputs: `i` and every fourth after it.
@@ -150,10 +137,7 @@ unsafe fn wide_to_four(v: &[__m512; LANES], i: usize) -> __m512 {
     unsafe {
         let a = wide_to_eight(v[i], v[i + 4]);
         let b = wide_to_eight(v[i + 8], v[i + 12]);
-        _mm512_add_ps(
-            _mm512_shuffle_f32x4::<0x88>(a, b),
-            _mm512_shuffle_f32x4::<0xDD>(a, b),
-        )
+        _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xDD>(a, b))
     }
 }
 
@@ -162,10 +146,7 @@ unsafe fn wide_to_four(v: &[__m512; LANES], i: usize) -> __m512 {
 unsafe fn wide_to_two(v: &[__m512; LANES], i: usize) -> __m512 {
     unsafe {
         let (a, b) = (wide_to_four(v, i), wide_to_four(v, i + 1));
-        _mm512_add_ps(
-            _mm512_shuffle_ps::<0x44>(a, b),
-            _mm512_shuffle_ps::<0xEE>(a, b),
-        )
+        _mm512_add_ps(_mm512_shuffle_ps::<0x44>(a, b), _mm512_shuffle_ps::<0xEE>(a, b))
     }
 }
 
@@ -195,40 +176,23 @@ unsafe fn widen_i8(p: *const i8) -> __m256 {
 unsafe fn fold_to_four(a: [__m256; 2], b: [__m256; 2]) -> __m256 {
     unsafe {
         let (a, b) = (_mm256_add_ps(a[0], a[1]), _mm256_add_ps(b[0], b[1]));
-        _mm256_add_ps(
-            _mm256_permute2f128_ps::<0x20>(a, b),
-            _mm256_permute2f128_ps::<0x31>(a, b),
-        )
+        _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
     }
 }
 
 /// Within each half: the first two lanes from `a`, the others from `b`, two lanes folded to one pair.
 #[inline(always)]
 unsafe fn fold_to_two(a: __m256, b: __m256) -> __m256 {
-    unsafe {
-        _mm256_add_ps(
-            _mm256_shuffle_ps::<0x44>(a, b),
-            _mm256_shuffle_ps::<0xEE>(a, b),
-        )
-    }
+    unsafe { _mm256_add_ps(_mm256_shuffle_ps::<0x44>(a, b), _mm256_shuffle_ps::<0xEE>(a, b)) }
 }
 
 /// Eight sums: of `v[at]` to `v[at + 7]`, in this order because lower halves take the first four.
 #[inline(always)]
 unsafe fn fold_eight(v: &[[__m256; 2]; LANES], at: usize) -> __m256 {
     unsafe {
-        let a = fold_to_two(
-            fold_to_four(v[at], v[at + 4]),
-            fold_to_four(v[at + 1], v[at + 5]),
-        );
-        let b = fold_to_two(
-            fold_to_four(v[at + 2], v[at + 6]),
-            fold_to_four(v[at + 3], v[at + 7]),
-        );
-        _mm256_add_ps(
-            _mm256_shuffle_ps::<0x88>(a, b),
-            _mm256_shuffle_ps::<0xDD>(a, b),
-        )
+        let a = fold_to_two(fold_to_four(v[at], v[at + 4]), fold_to_four(v[at + 1], v[at + 5]));
+        let b = fold_to_two(fold_to_four(v[at + 2], v[at + 6]), fold_to_four(v[at + 3], v[at + 7]));
+        _mm256_add_ps(_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xDD>(a, b))
     }
 }
 
@@ -236,12 +200,7 @@ impl Lanes for Avx2 {
     const WIDE: bool = false;
     #[inline(always)]
     fn load(self, p: &Chunk) -> [__m256; 2] {
-        unsafe {
-            [
-                _mm256_loadu_ps(p.as_ptr()),
-                _mm256_loadu_ps(p[8..].as_ptr()),
-            ]
-        }
+        unsafe { [_mm256_loadu_ps(p.as_ptr()), _mm256_loadu_ps(p[8..].as_ptr())] }
     }
     #[inline(always)]
     fn store(self, v: [__m256; 2], p: &mut Chunk) {

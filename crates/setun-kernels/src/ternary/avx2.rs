@@ -185,14 +185,7 @@ unsafe fn unpacked_many<const T: usize>(
         let mut acc = [[_mm256_setzero_si256(); VECTORS]; T];
         for four in first * 4..end * 4 {
             // SAFETY: four columns of weights and activations, within what the caller promised.
-            unsafe {
-                step(
-                    &mut acc,
-                    load(panel.add(four * TILE_BYTES)),
-                    &acts,
-                    four * 4,
-                )
-            };
+            unsafe { step(&mut acc, load(panel.add(four * TILE_BYTES)), &acts, four * 4) };
         }
         widen(&acc, sums);
         first = end;

@@ -80,12 +80,7 @@ unsafe fn direct_one(weights: *const u8, tiles: usize, acts: *const i8, sums: &m
             let w = weights.add(tile * TILE_BYTES);
             prefetch(w);
             let a = acts.add(tile * TILE_COLS);
-            let a = [
-                broadcast(a),
-                broadcast(a.add(4)),
-                broadcast(a.add(8)),
-                broadcast(a.add(12)),
-            ];
+            let a = [broadcast(a), broadcast(a.add(4)), broadcast(a.add(8)), broadcast(a.add(12))];
             for (v, acc) in acc.iter_mut().enumerate() {
                 let x = _mm512_loadu_si512(w.add(v * 64).cast());
                 for f in 0..4 {
@@ -235,14 +230,7 @@ unsafe fn unpacked_many<const T: usize>(
     let mut acc = [[_mm512_setzero_si512(); VECTORS]; T];
     for four in 0..tiles * 4 {
         // SAFETY: four columns of weights and activations, within what the caller promised.
-        unsafe {
-            step(
-                &mut acc,
-                load(panel.add(four * TILE_BYTES)),
-                &acts,
-                four * 4,
-            )
-        };
+        unsafe { step(&mut acc, load(panel.add(four * TILE_BYTES)), &acts, four * 4) };
     }
     for (t, acc) in acc.into_iter().enumerate() {
         for (v, sum) in acc.into_iter().enumerate() {

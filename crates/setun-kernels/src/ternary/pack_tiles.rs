@@ -18,17 +18,12 @@ fn transpose(x: u32) -> u32 {
 /// Sixteen codes from column `first` on; columns from `end` on count as zero weights.
 fn gather(codes: &[u8], first: usize, end: usize) -> u32 {
     if first.is_multiple_of(4) && first + TILE_COLS <= end {
-        let bytes = codes[first / 4..]
-            .first_chunk()
-            .expect("16 columns are four bytes");
+        let bytes = codes[first / 4..].first_chunk().expect("16 columns are four bytes");
         return u32::from_le_bytes(*bytes);
     }
     let mut word = u32::from_le_bytes([ZERO_BYTE; 4]);
     for c in first..end.min(first + TILE_COLS) {
-        let (code, shift) = (
-            u32::from(codes[c / 4] >> (2 * (c % 4))) & 3,
-            2 * (c - first),
-        );
+        let (code, shift) = (u32::from(codes[c / 4] >> (2 * (c % 4))) & 3, 2 * (c - first));
         word = word & !(3 << shift) | code << shift;
     }
     word

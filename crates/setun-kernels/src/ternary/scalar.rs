@@ -10,10 +10,7 @@ pub fn dot(codes: &[u8], acts: &[i8]) -> i32 {
 /// `Σ w·a` over the columns from `first` on, as many as there are activations.
 fn dot_from(codes: &[u8], first: usize, acts: &[i8]) -> i32 {
     let weight = |c: usize| i32::from((codes[c / 4] >> (2 * (c % 4))) & 3) - 1;
-    acts.iter()
-        .enumerate()
-        .map(|(i, &a)| weight(first + i) * i32::from(a))
-        .sum()
+    acts.iter().enumerate().map(|(i, &a)| weight(first + i) * i32::from(a)).sum()
 }
 
 /// Row `r` of a product with its scales, for activations with dequantisation factor `inverse`.

@@ -75,9 +75,7 @@ impl Shared {
         if !is_open(gate) || job == done {
             return None;
         }
-        let entered =
-            self.gate
-                .compare_exchange(gate, gate + 1, Ordering::AcqRel, Ordering::Relaxed);
+        let entered = self.gate.compare_exchange(gate, gate + 1, Ordering::AcqRel, Ordering::Relaxed);
         entered.ok().map(|_| job)
     }
 
@@ -128,10 +126,7 @@ impl Shared {
             if is_open(gate) && gate & !INSIDE != done || self.stop.load(Ordering::SeqCst) {
                 break;
             }
-            guard = self
-                .wake
-                .wait(guard)
-                .unwrap_or_else(PoisonError::into_inner);
+            guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
         }
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
     }
@@ -154,9 +149,7 @@ pub struct Pool {
 
 impl std::fmt::Debug for Pool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Pool")
-            .field("threads", &self.threads())
-            .finish()
+        f.debug_struct("Pool").field("threads", &self.threads()).finish()
     }
 }
 
@@ -167,10 +160,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             gate: AtomicU64::new(0),
             next: AtomicUsize::new(0),
-            job: UnsafeCell::new(Job {
-                task: None,
-                chunks: 0,
-            }),
+            job: UnsafeCell::new(Job { task: None, chunks: 0 }),
             panic: Mutex::new(None),
             sleepers: AtomicUsize::new(0),
             sleep: Mutex::new(()),
@@ -180,17 +170,10 @@ impl Pool {
         let spawn = |_| {
             let shared = Arc::clone(&shared);
             let name = "setun-worker".to_owned();
-            std::thread::Builder::new()
-                .name(name)
-                .spawn(move || shared.worker())
-                .ok()
+            std::thread::Builder::new().name(name).spawn(move || shared.worker()).ok()
         };
         let workers = (1..threads).map_while(spawn).collect();
-        Self {
-            shared,
-            busy: AtomicBool::new(false),
-            workers,
-        }
+        Self { shared, busy: AtomicBool::new(false), workers }
     }
 
     /// Threads that work, the caller's included.
@@ -213,12 +196,7 @@ impl Pool {
         // for every worker that entered.
         let task = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Task>(f) };
         // SAFETY: `busy` makes this the only caller, the gate is closed and nobody is inside.
-        unsafe {
-            *shared.job.get() = Job {
-                task: Some(task),
-                chunks,
-            }
-        };
+        unsafe { *shared.job.get() = Job { task: Some(task), chunks } };
         shared.next.store(0, Ordering::Relaxed);
         shared.gate.fetch_add(ONE_JOB, Ordering::SeqCst);
         shared.wake_sleepers();
@@ -264,31 +242,20 @@ pub fn physical_cores_allowed() -> usize {
 /// Allowed processors, counting each set of thread siblings once.
 fn affinity_cores() -> Option<usize> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let list = status
-        .lines()
-        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
     let allowed = parse_list(list)?;
     let siblings = |cpu: &usize| {
         let path = format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
         let text = std::fs::read_to_string(path).ok();
-        text.and_then(|t| parse_list(&t))
-            .unwrap_or_else(|| vec![*cpu])
+        text.and_then(|t| parse_list(&t)).unwrap_or_else(|| vec![*cpu])
     };
     Some(count_cores(&allowed, siblings))
 }
 
 /// A core counts when the processor is the first allowed one among its siblings.
 fn count_cores(allowed: &[usize], siblings: impl Fn(&usize) -> Vec<usize>) -> usize {
-    let first = |cpu: &usize| {
-        siblings(cpu)
-            .into_iter()
-            .filter(|s| allowed.contains(s))
-            .min()
-    };
-    allowed
-        .iter()
-        .filter(|cpu| first(cpu).is_none_or(|f| f == **cpu))
-        .count()
+    let first = |cpu: &usize| siblings(cpu).into_iter().filter(|s| allowed.contains(s)).min();
+    allowed.iter().filter(|cpu| first(cpu).is_none_or(|f| f == **cpu)).count()
 }
 
 /// Processor lists as the kernel writes them: `0-3,8,10-11`.
@@ -322,11 +289,7 @@ fn quota_cores() -> Option<usize> {
 fn parse_quota(text: &str) -> Option<usize> {
     let (quota, period) = text.trim().split_once(' ')?;
     let (quota, period): (usize, usize) = (quota.parse().ok()?, period.parse().ok()?);
-    if period == 0 {
-        None
-    } else {
-        Some(quota.div_ceil(period).max(1))
-    }
+    if period == 0 { None } else { Some(quota.div_ceil(period).max(1)) }
 }
 
 #[cfg(test)]

@@ -37,7 +37,8 @@ impl ModelConfig {
         };
         let num_layers = keys.need_size("block_count")?;
         let need_uniform = |key: &str| required(&keys.name(key), keys.per_layer(key, num_layers)?);
-        let (hidden_size, heads) = (keys.need_size("embedding_length")?, need_uniform("attention.head_count")?);
+        let (hidden_size, heads) =
+            (keys.need_size("embedding_length")?, need_uniform("attention.head_count")?);
         let head_dim = match keys.size("attention.key_length")? {
             Some(given) => given,
             None if heads > 0 && hidden_size % heads == 0 => hidden_size / heads,
@@ -114,11 +115,19 @@ impl ModelConfig {
             (Family::Llama | Family::Mistral, _) => "llama",
         };
         if !self.sub_norms && self.activation != Activation::Silu {
-            return Err(value_error("hidden_act", format!("{:?}", self.activation), format!("what GGUF `{arch}` fixes")));
+            return Err(value_error(
+                "hidden_act",
+                format!("{:?}", self.activation),
+                format!("what GGUF `{arch}` fixes"),
+            ));
         }
         let window = self.windows[0];
         if self.windows.iter().any(|w| *w != window) {
-            return Err(value_error("layer_types", "mixed", "one window for all layers, which is all GGUF can say"));
+            return Err(value_error(
+                "layer_types",
+                "mixed",
+                "one window for all layers, which is all GGUF can say",
+            ));
         }
         let mut out = vec![("general.architecture".to_owned(), Value::String(arch.into()))];
         let mut put = |key: &str, value: Value| out.push((format!("{arch}.{key}"), value));
@@ -148,7 +157,14 @@ impl ModelConfig {
                 put("rope.scaling.type", Value::String("linear".into()));
                 put("rope.scaling.factor", Value::F32(*factor as f32));
             }
-            RopeScaling::Yarn { factor, original, beta_fast, beta_slow, attention_factor, truncate: true } => {
+            RopeScaling::Yarn {
+                factor,
+                original,
+                beta_fast,
+                beta_slow,
+                attention_factor,
+                truncate: true,
+            } => {
                 put("rope.scaling.type", Value::String("yarn".into()));
                 put("rope.scaling.factor", Value::F32(*factor as f32));
                 put("rope.scaling.original_context_length", size(*original));
@@ -200,7 +216,9 @@ impl Keys<'_> {
     fn size(&self, key: &str) -> Result<Option<usize>, ModelError> {
         let name = self.name(key);
         let Some(value) = self.meta.u64(&name)? else { return Ok(None) };
-        usize::try_from(value).map(Some).map_err(|_| value_error(&name, value, "a size this machine can hold"))
+        usize::try_from(value)
+            .map(Some)
+            .map_err(|_| value_error(&name, value, "a size this machine can hold"))
     }
 
     fn need_size(&self, key: &str) -> Result<usize, ModelError> {
@@ -261,7 +279,10 @@ fn rope(keys: &Keys, file: &Checkpoint, head_dim: usize, max_positions: usize) -
             }
         }
         (Some(_), None) => {
-            return Err(ModelError::Metadata { key: keys.name("rope.scaling.factor"), what: "is missing".into() });
+            return Err(ModelError::Metadata {
+                key: keys.name("rope.scaling.factor"),
+                what: "is missing".into(),
+            });
         }
         (Some(other), _) => {
             return Err(value_error(&keys.name("rope.scaling.type"), other, "`none`, `linear` or `yarn`"));
@@ -275,7 +296,11 @@ fn rope(keys: &Keys, file: &Checkpoint, head_dim: usize, max_positions: usize) -
         (Some(_), RopeScaling::Default) => return Err(value_error("rope_freqs.weight", "not F32", "F32")),
         (Some(_), _) => {
             let key = keys.name("rope.scaling.type");
-            return Err(value_error(&key, kind.unwrap_or_default(), "absent beside a tensor `rope_freqs.weight`"));
+            return Err(value_error(
+                &key,
+                kind.unwrap_or_default(),
+                "absent beside a tensor `rope_freqs.weight`",
+            ));
         }
     };
     Ok(Rope { theta: f64::from(theta), rotary_dim, scaling })
@@ -338,7 +363,8 @@ mod tests {
 
     #[test]
     fn yarn_without_an_original_context_extends_the_context_length() {
-        let keys = [("rope.scaling.type", Value::String("yarn".into())), ("rope.scaling.factor", Value::F32(4.0))];
+        let keys =
+            [("rope.scaling.type", Value::String("yarn".into())), ("rope.scaling.factor", Value::F32(4.0))];
         let scaling = read(&keys).unwrap().rope.scaling;
         assert!(matches!(scaling, RopeScaling::Yarn { original: 64, .. }), "{scaling:?}");
     }

@@ -130,7 +130,11 @@ fn one_for_all_layers<'de, D: Deserializer<'de>>(from: D) -> Result<Option<RawRo
     let flat = match nested.as_deref() {
         Some([first, rest @ ..]) => match rest.iter().all(|section| section == first) {
             true => *first,
-            false => return Err(D::Error::custom("layers differ in it, but one section for all layers is what this version runs")),
+            false => {
+                return Err(D::Error::custom(
+                    "layers differ in it, but one section for all layers is what this version runs",
+                ));
+            }
         },
         _ => &value,
     };
@@ -163,7 +167,8 @@ impl ModelConfig {
             Some(given) => given,
             None if heads > 0 && hidden_size % heads == 0 => hidden_size / heads,
             None => {
-                let expected = format!("a multiple of num_attention_heads = {heads}, since head_dim is not given");
+                let expected =
+                    format!("a multiple of num_attention_heads = {heads}, since head_dim is not given");
                 return Err(value_error("hidden_size", hidden_size, expected));
             }
         };
@@ -346,14 +351,23 @@ fn numerics(raw: &RawConfig, family: Family) -> Result<Numerics, ModelError> {
             return Err(value_error("quantization_config.quantization_mode", mode, "`online` or `offline`"));
         }
         (Some(class), _) => {
-            return Err(value_error("quantization_config.linear_class", class, "`bitlinear` or `autobitlinear`"));
+            return Err(value_error(
+                "quantization_config.linear_class",
+                class,
+                "`bitlinear` or `autobitlinear`",
+            ));
         }
     };
     let exceptions = q.modules_to_not_convert.clone().map(Exceptions::new).transpose()?;
     Ok(Numerics::Ternary(Ternary { storage, exceptions }))
 }
 
-fn windows(json: &Value, raw: &RawConfig, family: Family, layers: usize) -> Result<Vec<Option<usize>>, ModelError> {
+fn windows(
+    json: &Value,
+    raw: &RawConfig,
+    family: Family,
+    layers: usize,
+) -> Result<Vec<Option<usize>>, ModelError> {
     let layers = layers.min(super::MAX_LAYERS);
     // As for heads: absent is the class default, null is no window.
     let class = if json.get("sliding_window").is_some() { None } else { family.defaults().sliding_window };
@@ -379,7 +393,8 @@ fn windows(json: &Value, raw: &RawConfig, family: Family, layers: usize) -> Resu
 fn rope(raw: &RawConfig, head_dim: usize, max_positions: usize, theta: f64) -> Result<Rope, ModelError> {
     let section = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());
     let theta = section.and_then(|s| s.rope_theta).or(raw.rope_theta).unwrap_or(theta);
-    let partial = raw.partial_rotary_factor.or_else(|| section.and_then(|s| s.partial_rotary_factor)).unwrap_or(1.0);
+    let partial =
+        raw.partial_rotary_factor.or_else(|| section.and_then(|s| s.partial_rotary_factor)).unwrap_or(1.0);
     let scaling = match section {
         None => RopeScaling::Default,
         Some(section) => scaling(section, max_positions)?,
@@ -390,7 +405,8 @@ fn rope(raw: &RawConfig, head_dim: usize, max_positions: usize, theta: f64) -> R
 
 fn scaling(raw: &RawRope, max_positions: usize) -> Result<RopeScaling, ModelError> {
     let factor = || need(raw.factor, "rope_scaling.factor");
-    let original = || need(raw.original_max_position_embeddings, "rope_scaling.original_max_position_embeddings");
+    let original =
+        || need(raw.original_max_position_embeddings, "rope_scaling.original_max_position_embeddings");
     Ok(match raw.rope_type.as_deref().or(raw.r#type.as_deref()) {
         None | Some("default") => RopeScaling::Default,
         Some("linear") => RopeScaling::Linear { factor: factor()? },
@@ -475,7 +491,10 @@ mod tests {
             "rope_theta": "absent", "hidden_act": "absent", "max_position_embeddings": "absent", "num_key_value_heads": "absent",
         });
         let llama = read("LlamaForCausalLM", absent.clone()).unwrap();
-        assert_eq!((llama.rope.theta, llama.activation, llama.max_positions), (10000.0, Activation::Silu, 2048));
+        assert_eq!(
+            (llama.rope.theta, llama.activation, llama.max_positions),
+            (10000.0, Activation::Silu, 2048)
+        );
         assert_eq!(llama.kv_heads, 8);
         let mistral = read("MistralForCausalLM", absent).unwrap();
         assert_eq!((mistral.max_positions, mistral.kv_heads, mistral.windows[0]), (131_072, 8, Some(4096)));
@@ -492,7 +511,8 @@ mod tests {
         });
         let config = read("MistralForCausalLM", null).unwrap();
         assert_eq!((config.kv_heads, config.windows[0], config.head_dim), (8, None, 4));
-        let config = read("Qwen2ForCausalLM", json!({"use_sliding_window": true, "sliding_window": null})).unwrap();
+        let config =
+            read("Qwen2ForCausalLM", json!({"use_sliding_window": true, "sliding_window": null})).unwrap();
         assert_eq!(config.windows, vec![None; 4]);
         assert!(read("x", json!({"architectures": null, "model_type": "llama"})).is_ok());
     }

@@ -133,7 +133,11 @@ impl Rope {
         }
         if self.rotary_dim == 0 || self.rotary_dim > head_dim || !self.rotary_dim.is_multiple_of(2) {
             let expected = format!("an even number of dimensions up to head_dim = {head_dim}");
-            return Err(value_error("partial_rotary_factor / rope.dimension_count", self.rotary_dim, expected));
+            return Err(value_error(
+                "partial_rotary_factor / rope.dimension_count",
+                self.rotary_dim,
+                expected,
+            ));
         }
         let positive = |field: &str, value: f64| match value.is_finite() && value > 0.0 {
             true => Ok(()),
@@ -160,17 +164,21 @@ impl Rope {
                 positive("high_freq_factor", *high_freq)?;
                 match high_freq > low_freq {
                     true => Ok(()),
-                    false => Err(value_error("rope_scaling.high_freq_factor", high_freq, "above low_freq_factor")),
+                    false => {
+                        Err(value_error("rope_scaling.high_freq_factor", high_freq, "above low_freq_factor"))
+                    }
                 }
             }
             RopeScaling::Divisors(divisors) if divisors.len() != self.rotary_dim / 2 => {
                 let expected = format!("{} values, one per rotated pair", self.rotary_dim / 2);
                 Err(value_error("rope_freqs.weight", divisors.len(), expected))
             }
-            RopeScaling::Divisors(divisors) => match divisors.iter().find(|by| !(by.is_finite() && **by > 0.0)) {
-                Some(by) => Err(value_error("rope_freqs.weight", by, "positive numbers")),
-                None => Ok(()),
-            },
+            RopeScaling::Divisors(divisors) => {
+                match divisors.iter().find(|by| !(by.is_finite() && **by > 0.0)) {
+                    Some(by) => Err(value_error("rope_freqs.weight", by, "positive numbers")),
+                    None => Ok(()),
+                }
+            }
         }
     }
 }

@@ -124,11 +124,7 @@ impl Checkpoint {
     }
 
     fn set_tensors(&mut self, tensors: Vec<TensorInfo>) {
-        self.places = tensors
-            .iter()
-            .enumerate()
-            .map(|(i, t)| (t.name.clone(), i))
-            .collect();
+        self.places = tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         self.tensors = tensors;
     }
 
@@ -152,11 +148,7 @@ impl Checkpoint {
             return Some(&self.path);
         }
         let parent = self.path.parent()?;
-        Some(if parent.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            parent
-        })
+        Some(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })
     }
 
     /// Every tensor, in file order.
@@ -193,10 +185,7 @@ impl Checkpoint {
     fn read<'a>(&'a self, info: &'a TensorInfo) -> Result<Tensor<'a>, ModelError> {
         let stored = &self.files[info.file][info.range.clone()];
         let data = llama2c::rewritten(info, stored)?;
-        Ok(Tensor {
-            info: Cow::Borrowed(info),
-            data,
-        })
+        Ok(Tensor { info: Cow::Borrowed(info), data })
     }
 
     /// Tells the system that a tensor's pages are not needed for now. A hint, for loading tensor by
@@ -244,9 +233,7 @@ impl Checkpoint {
             Err(e) => return Err(ModelError::read(&path, e)),
         };
         let parsed = serde_json::from_slice(&text);
-        parsed
-            .map(Some)
-            .map_err(|e| ModelError::format(&path, format!("not valid JSON: {e}")))
+        parsed.map(Some).map_err(|e| ModelError::format(&path, format!("not valid JSON: {e}")))
     }
 
     /// The names most like `name`: those sharing the most of its dotted parts.
@@ -254,33 +241,17 @@ impl Checkpoint {
         let wanted: Vec<&str> = name.split('.').collect();
         let score = |other: &str| {
             let parts: Vec<&str> = other.split('.').collect();
-            let front = parts
-                .iter()
-                .zip(&wanted)
-                .take_while(|(a, b)| a == b)
-                .count();
-            let back = parts
-                .iter()
-                .rev()
-                .zip(wanted.iter().rev())
-                .take_while(|(a, b)| a == b)
-                .count();
+            let front = parts.iter().zip(&wanted).take_while(|(a, b)| a == b).count();
+            let back = parts.iter().rev().zip(wanted.iter().rev()).take_while(|(a, b)| a == b).count();
             front + back
         };
-        let mut near: Vec<(usize, &str)> = self
-            .tensors
-            .iter()
-            .map(|t| (score(&t.name), t.name.as_str()))
-            .collect();
+        let mut near: Vec<(usize, &str)> =
+            self.tensors.iter().map(|t| (score(&t.name), t.name.as_str())).collect();
         near.sort_by_key(|&(score, _)| std::cmp::Reverse(score)); // Stable: file order among equals.
         let names: Vec<String> = near.iter().take(3).map(|(_, n)| format!("`{n}`")).collect();
         match names.len() {
             0 => " (the file holds no tensors)".to_owned(),
-            _ => format!(
-                " (there are {} tensors, nearest are {})",
-                self.tensors.len(),
-                names.join(", ")
-            ),
+            _ => format!(" (there are {} tensors, nearest are {})", self.tensors.len(), names.join(", ")),
         }
     }
 }

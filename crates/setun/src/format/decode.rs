@@ -85,11 +85,7 @@ impl Tensor<'_> {
     }
 
     fn not_read(&self) -> ModelError {
-        let what = format!(
-            "type {} is not read: {} are",
-            self.info.encoding,
-            Encoding::READABLE
-        );
+        let what = format!("type {} is not read: {} are", self.info.encoding, Encoding::READABLE);
         self.error(what)
     }
 
@@ -114,10 +110,7 @@ impl Tensor<'_> {
     fn matrix_shape(&self) -> Result<(usize, usize), ModelError> {
         match *self.shape() {
             [rows, cols] => Ok((rows, cols)),
-            _ => Err(self.error(format!(
-                "has shape {:?}, but a matrix is expected",
-                self.shape()
-            ))),
+            _ => Err(self.error(format!("has shape {:?}, but a matrix is expected", self.shape()))),
         }
     }
 
@@ -131,24 +124,9 @@ impl Tensor<'_> {
         self.check_len()?;
         let data = &*self.data;
         Ok(match self.info.encoding {
-            Encoding::F32 => data
-                .as_chunks()
-                .0
-                .iter()
-                .map(|&b| f32::from_le_bytes(b))
-                .collect(),
-            Encoding::F16 => data
-                .as_chunks()
-                .0
-                .iter()
-                .map(|&b| f16::from_le_bytes(b).to_f32())
-                .collect(),
-            Encoding::BF16 => data
-                .as_chunks()
-                .0
-                .iter()
-                .map(|&b| bf16::from_le_bytes(b).to_f32())
-                .collect(),
+            Encoding::F32 => data.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+            Encoding::F16 => data.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
+            Encoding::BF16 => data.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
             Encoding::U8 => data.iter().map(|&b| f32::from(b)).collect(),
             Encoding::I8 => data.iter().map(|&b| f32::from(b as i8)).collect(),
             Encoding::Q8_0 => {
@@ -191,20 +169,12 @@ impl Tensor<'_> {
         let data = &*self.data;
         let data = match self.info.encoding {
             Encoding::F32 => DenseData::F32(self.to_f32()?),
-            Encoding::F16 => DenseData::F16(
-                data.as_chunks()
-                    .0
-                    .iter()
-                    .map(|&b| f16::from_le_bytes(b))
-                    .collect(),
-            ),
-            Encoding::BF16 => DenseData::BF16(
-                data.as_chunks()
-                    .0
-                    .iter()
-                    .map(|&b| bf16::from_le_bytes(b))
-                    .collect(),
-            ),
+            Encoding::F16 => {
+                DenseData::F16(data.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b)).collect())
+            }
+            Encoding::BF16 => {
+                DenseData::BF16(data.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b)).collect())
+            }
             Encoding::Q8_0 => DenseData::Q8_0(data.to_vec()),
             _ => {
                 let what = format!("is {}, but a float matrix is expected", self.info.encoding);
@@ -240,10 +210,7 @@ impl Tensor<'_> {
                 (codes.to_vec(), self.tensor_scale(scale)?)
             }
             _ => {
-                let what = format!(
-                    "is {}, but a ternary tensor is expected",
-                    self.info.encoding
-                );
+                let what = format!("is {}, but a ternary tensor is expected", self.info.encoding);
                 return Err(self.error(what));
             }
         };
@@ -281,11 +248,7 @@ impl Tensor<'_> {
     }
 
     fn tq_blocks(&self) -> std::slice::ChunksExact<'_, u8> {
-        let bytes = if self.info.encoding == Encoding::TQ1_0 {
-            54
-        } else {
-            66
-        };
+        let bytes = if self.info.encoding == Encoding::TQ1_0 { 54 } else { 66 };
         self.data.chunks_exact(bytes)
     }
 
@@ -319,11 +282,7 @@ impl Tensor<'_> {
             values.push(d);
         }
         let scales = match common {
-            _ if !uniform => Scales::Block {
-                rows: 1,
-                cols: TQ_BLOCK,
-                values,
-            },
+            _ if !uniform => Scales::Block { rows: 1, cols: TQ_BLOCK, values },
             Some(scale) => Scales::Tensor(scale),
             None => Scales::Tensor(1.0), // All weights are 0: any scale is right, and 1 can be divided by.
         };
@@ -384,10 +343,7 @@ pub fn hf_packed_to_ternary(
     let mut codes = vec![0u8; out * row_bytes];
     let quarters = codes.chunks_exact_mut((out / 4 * row_bytes).max(1));
     for (quarter, codes) in quarters.enumerate() {
-        let rows = packed
-            .data
-            .chunks_exact(cols.max(1))
-            .zip(codes.chunks_exact_mut(row_bytes.max(1)));
+        let rows = packed.data.chunks_exact(cols.max(1)).zip(codes.chunks_exact_mut(row_bytes.max(1)));
         for (stored, codes) in rows {
             let (fours, rest) = stored.as_chunks::<4>();
             let mut last = [0u8; 4];
@@ -398,6 +354,5 @@ pub fn hf_packed_to_ternary(
             }
         }
     }
-    TernaryMatrix::new(out, cols, codes, Scales::Tensor(value))
-        .map_err(|e| packed.error(e.to_string()))
+    TernaryMatrix::new(out, cols, codes, Scales::Tensor(value)).map_err(|e| packed.error(e.to_string()))
 }

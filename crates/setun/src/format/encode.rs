@@ -20,11 +20,7 @@ pub enum Scaling {
 }
 
 fn refusal(name: &str, encoding: &'static str, why: String) -> ModelError {
-    ModelError::CannotEncode {
-        name: name.to_owned(),
-        encoding,
-        why,
-    }
+    ModelError::CannotEncode { name: name.to_owned(), encoding, why }
 }
 
 /// Stores floats as F32, F16, BF16 (rounded to even) or Q8_0 (blocks of 32, `d = max|x| / 127` as f16,
@@ -43,23 +39,14 @@ pub fn encode_floats(
 ) -> Result<Vec<u8>, ModelError> {
     match encoding {
         Encoding::F32 => Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect()),
-        Encoding::BF16 => Ok(values
-            .iter()
-            .flat_map(|&v| bf16::from_f32(v).to_le_bytes())
-            .collect()),
+        Encoding::BF16 => Ok(values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect()),
         Encoding::F16 => {
             let beyond = |v: &f32| v.is_finite() && f16::from_f32(*v).is_infinite();
             if let Some(index) = values.iter().position(beyond) {
-                let why = format!(
-                    "value {} at index {index} is beyond its range",
-                    values[index]
-                );
+                let why = format!("value {} at index {index} is beyond its range", values[index]);
                 return Err(refusal(name, "F16", why));
             }
-            Ok(values
-                .iter()
-                .flat_map(|&v| f16::from_f32(v).to_le_bytes())
-                .collect())
+            Ok(values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect())
         }
         Encoding::Q8_0 => encode_q8_0(name, values, cols),
         _ => {
@@ -76,9 +63,7 @@ fn encode_q8_0(name: &str, values: &[f32], cols: usize) -> Result<Vec<u8>, Model
     }
     let mut out = Vec::with_capacity(values.len() / 32 * 34);
     for (index, block) in values.chunks(32).enumerate() {
-        let largest = block
-            .iter()
-            .fold(0.0f32, |m, v| if v.abs() <= m { m } else { v.abs() });
+        let largest = block.iter().fold(0.0f32, |m, v| if v.abs() <= m { m } else { v.abs() });
         let d = largest / 127.0;
         if !f16::from_f32(d).is_finite() {
             let why = format!("block {index} has a largest value of {largest}, beyond its range");
@@ -112,8 +97,7 @@ pub fn encode_ternary(
         Encoding::TQ2_0 => ("TQ2_0", TQ_BLOCK),
         Encoding::I2S => ("I2_S", 128),
         _ => {
-            let why =
-                format!("ternary matrices are stored as TQ1_0, TQ2_0 or I2_S, not {encoding}");
+            let why = format!("ternary matrices are stored as TQ1_0, TQ2_0 or I2_S, not {encoding}");
             return Err(refusal(name, "a ternary type", why));
         }
     };
@@ -125,11 +109,7 @@ pub fn encode_ternary(
     let mut out = Vec::with_capacity(encoding.byte_len(&[rows, cols]).unwrap_or(0));
     if *encoding == Encoding::I2S {
         let scale = single_scale(matrix).ok_or_else(|| {
-            refusal(
-                name,
-                label,
-                "it has more than one scale, and the type holds one".into(),
-            )
+            refusal(name, label, "it has more than one scale, and the type holds one".into())
         })?;
         for block in matrix.codes().chunks_exact(32) {
             put_quarters(block, [6, 4, 2, 0], &mut out);
@@ -178,9 +158,8 @@ fn tq_scale(
     if exact || scaling == Scaling::Round && d.is_finite() && d.to_f32() != 0.0 {
         return Ok(d);
     }
-    let why = format!(
-        "its scale {scale} would become {d} in half precision, so it needs permission to round"
-    );
+    let why =
+        format!("its scale {scale} would become {d} in half precision, so it needs permission to round");
     Err(refusal(name, label, why))
 }
 
@@ -200,10 +179,7 @@ fn single_scale(matrix: &TernaryMatrix) -> Option<f32> {
         Scales::Tensor(scale) => Some(*scale),
         Scales::Row(values) | Scales::Block { values, .. } => {
             let first = *values.first()?;
-            values
-                .iter()
-                .all(|v| v.to_bits() == first.to_bits())
-                .then_some(first)
+            values.iter().all(|v| v.to_bits() == first.to_bits()).then_some(first)
         }
     }
 }
@@ -241,19 +217,10 @@ pub fn encode_hf_packed(
     const LABEL: &str = "packed uint8";
     let (rows, cols) = (matrix.rows(), matrix.cols());
     if !rows.is_multiple_of(4) {
-        return Err(refusal(
-            name,
-            LABEL,
-            format!("{rows} rows are not a multiple of 4"),
-        ));
+        return Err(refusal(name, LABEL, format!("{rows} rows are not a multiple of 4")));
     }
-    let scale = single_scale(matrix).ok_or_else(|| {
-        refusal(
-            name,
-            LABEL,
-            "it has more than one scale, and the type holds one".into(),
-        )
-    })?;
+    let scale = single_scale(matrix)
+        .ok_or_else(|| refusal(name, LABEL, "it has more than one scale, and the type holds one".into()))?;
     let quarter = rows / 4;
     let mut packed = vec![0u8; quarter * cols];
     for row in 0..rows {
@@ -278,8 +245,7 @@ pub fn encode_hf_packed(
     };
     let usable = stored.is_finite() && stored > 0.0 && read_back.is_finite();
     if !usable || scaling == Scaling::Exact && read_back != scale {
-        let why =
-            format!("its scale {scale} would be read back as {read_back} from {scale_encoding}");
+        let why = format!("its scale {scale} would be read back as {read_back} from {scale_encoding}");
         return Err(refusal(name, LABEL, why));
     }
     Ok((packed, encode_floats(name, &[stored], 1, scale_encoding)?))
@@ -291,11 +257,7 @@ fn reciprocal(scale: f32, round: impl Fn(f32) -> f32) -> f32 {
     let nearest = 1.0 / scale;
     // Shortest first: published scales are bf16 even where a file keeps them as f32.
     let short = bf16::from_f32(nearest).to_f32();
-    let around =
-        (-2i32..=2).map(|step| f32::from_bits(nearest.to_bits().wrapping_add_signed(step)));
-    let found = [short]
-        .into_iter()
-        .chain(around)
-        .find(|&x| round(x) == x && 1.0 / x == scale);
+    let around = (-2i32..=2).map(|step| f32::from_bits(nearest.to_bits().wrapping_add_signed(step)));
+    let found = [short].into_iter().chain(around).find(|&x| round(x) == x && 1.0 / x == scale);
     found.unwrap_or_else(|| round(nearest))
 }

@@ -53,9 +53,7 @@ impl Llama2cFacts {
         let mut sizes = [0usize; 7];
         for (size, int) in sizes.iter_mut().zip(ints) {
             // The limits keep every product below within an i64 and a loop over the layers short.
-            *size = usize::try_from(int)
-                .ok()
-                .filter(|&n| (1..=1 << 24).contains(&n))?;
+            *size = usize::try_from(int).ok().filter(|&n| (1..=1 << 24).contains(&n))?;
         }
         let [dim, hidden_dim, layers, heads, kv_heads, vocab, seq_len] = sizes;
         let pairs = dim.is_multiple_of(heads) && (dim / heads).is_multiple_of(2);
@@ -87,9 +85,7 @@ fn ints(bytes: &[u8], at: usize) -> Option<[i32; 7]> {
 }
 
 fn has_magic(bytes: &[u8]) -> bool {
-    bytes
-        .first_chunk::<4>()
-        .is_some_and(|b| u32::from_le_bytes(*b) == MAGIC)
+    bytes.first_chunk::<4>().is_some_and(|b| u32::from_le_bytes(*b) == MAGIC)
 }
 
 /// The legacy header has no magic number: seven numbers that fit together must do.
@@ -106,18 +102,12 @@ pub(crate) fn looks_like(bytes: &[u8]) -> bool {
 }
 
 /// Reads the header of `bytes`, the whole file, and lists its tensors; `path` is for messages.
-pub(crate) fn read(
-    path: &Path,
-    bytes: &[u8],
-) -> Result<(Llama2cFacts, Vec<TensorInfo>), ModelError> {
+pub(crate) fn read(path: &Path, bytes: &[u8]) -> Result<(Llama2cFacts, Vec<TensorInfo>), ModelError> {
     let (facts, plan) = if has_magic(bytes) {
-        let version = bytes
-            .get(4..8)
-            .map_or(0, |b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+        let version = bytes.get(4..8).map_or(0, |b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]));
         let tied = bytes.get(36).copied();
         let facts = ints(bytes, 8).zip(tied);
-        let facts =
-            facts.and_then(|(i, t)| Llama2cFacts::from_ints(Llama2cKind::Ternary, i, t == 1));
+        let facts = facts.and_then(|(i, t)| Llama2cFacts::from_ints(Llama2cKind::Ternary, i, t == 1));
         match (version, facts) {
             (1, Some(facts)) => (facts, ternary_plan(&facts)),
             (1, None) => {
@@ -134,10 +124,7 @@ pub(crate) fn read(
         }
     } else {
         let facts = legacy(bytes).ok_or_else(|| {
-            ModelError::format(
-                path,
-                "not a valid llama2.c checkpoint: its sizes do not fit together",
-            )
+            ModelError::format(path, "not a valid llama2.c checkpoint: its sizes do not fit together")
         })?;
         (facts, legacy_plan(&facts))
     };
@@ -150,8 +137,7 @@ pub(crate) fn read(
         return Err(ModelError::format(path, what));
     }
     if facts.kind == Llama2cKind::Ternary && !facts.tied {
-        let what =
-            "ternary llama2.c checkpoint with its own output head: only shared embeddings are read";
+        let what = "ternary llama2.c checkpoint with its own output head: only shared embeddings are read";
         return Err(ModelError::unsupported(path, what));
     }
     Ok((facts, plan.finish()))
@@ -169,32 +155,18 @@ impl Plan {
         self.push(name, shape, Encoding::F32, rewrite, 4 * product(shape));
     }
 
-    fn push(
-        &mut self,
-        name: String,
-        shape: &[usize],
-        encoding: Encoding,
-        rewrite: Rewrite,
-        bytes: u128,
-    ) {
+    fn push(&mut self, name: String, shape: &[usize], encoding: Encoding, rewrite: Rewrite, bytes: u128) {
         let shape = shape.to_vec();
-        let info = TensorInfo {
-            name,
-            shape,
-            encoding,
-            file: 0,
-            range: 0..0,
-            rewrite,
-        };
+        let info = TensorInfo { name, shape, encoding, file: 0, range: 0..0, rewrite };
         self.tensors.push((info, self.end..self.end + bytes));
         self.end += bytes;
     }
 
     fn finish(self) -> Vec<TensorInfo> {
-        let infos = self.tensors.into_iter().map(|(info, range)| TensorInfo {
-            range: range.start as usize..range.end as usize,
-            ..info
-        });
+        let infos = self
+            .tensors
+            .into_iter()
+            .map(|(info, range)| TensorInfo { range: range.start as usize..range.end as usize, ..info });
         infos.collect()
     }
 }
@@ -208,29 +180,12 @@ fn layer(index: usize, part: &str) -> String {
 }
 
 fn legacy_plan(facts: &Llama2cFacts) -> Plan {
-    let &Llama2cFacts {
-        dim,
-        hidden_dim,
-        layers,
-        heads,
-        kv_heads,
-        vocab,
-        seq_len,
-        ..
-    } = facts;
+    let &Llama2cFacts { dim, hidden_dim, layers, heads, kv_heads, vocab, seq_len, .. } = facts;
     let kv_dim = facts.kv_dim();
     let parts: [(&str, &[usize], Rewrite); 9] = [
         ("input_layernorm", &[dim], Rewrite::None),
-        (
-            "self_attn.q_proj",
-            &[dim, dim],
-            Rewrite::SplitRotaryPairs { heads },
-        ),
-        (
-            "self_attn.k_proj",
-            &[kv_dim, dim],
-            Rewrite::SplitRotaryPairs { heads: kv_heads },
-        ),
+        ("self_attn.q_proj", &[dim, dim], Rewrite::SplitRotaryPairs { heads }),
+        ("self_attn.k_proj", &[kv_dim, dim], Rewrite::SplitRotaryPairs { heads: kv_heads }),
         ("self_attn.v_proj", &[kv_dim, dim], Rewrite::None),
         ("self_attn.o_proj", &[dim, dim], Rewrite::None),
         ("post_attention_layernorm", &[dim], Rewrite::None),
@@ -238,15 +193,8 @@ fn legacy_plan(facts: &Llama2cFacts) -> Plan {
         ("mlp.down_proj", &[dim, hidden_dim], Rewrite::None),
         ("mlp.up_proj", &[hidden_dim, dim], Rewrite::None),
     ];
-    let mut plan = Plan {
-        end: 28,
-        tensors: Vec::new(),
-    };
-    plan.float(
-        "model.embed_tokens.weight".into(),
-        &[vocab, dim],
-        Rewrite::None,
-    );
+    let mut plan = Plan { end: 28, tensors: Vec::new() };
+    plan.float("model.embed_tokens.weight".into(), &[vocab, dim], Rewrite::None);
     for (part, shape, rewrite) in parts {
         for index in 0..layers {
             plan.float(layer(index, part), shape, rewrite);
@@ -262,15 +210,7 @@ fn legacy_plan(facts: &Llama2cFacts) -> Plan {
 }
 
 fn ternary_plan(facts: &Llama2cFacts) -> Plan {
-    let &Llama2cFacts {
-        dim,
-        hidden_dim,
-        layers,
-        heads,
-        kv_heads,
-        vocab,
-        ..
-    } = facts;
+    let &Llama2cFacts { dim, hidden_dim, layers, heads, kv_heads, vocab, .. } = facts;
     let kv_dim = facts.kv_dim();
     let parts = [
         ("self_attn.q_proj", [dim, dim], Some(heads)),
@@ -281,16 +221,9 @@ fn ternary_plan(facts: &Llama2cFacts) -> Plan {
         ("mlp.down_proj", [dim, hidden_dim], None),
         ("mlp.up_proj", [hidden_dim, dim], None),
     ];
-    let mut plan = Plan {
-        end: TERNARY_HEADER as u128,
-        tensors: Vec::new(),
-    };
+    let mut plan = Plan { end: TERNARY_HEADER as u128, tensors: Vec::new() };
     plan.float("model.norm.weight".into(), &[dim], Rewrite::None);
-    plan.float(
-        "model.embed_tokens.weight".into(),
-        &[vocab, dim],
-        Rewrite::None,
-    );
+    plan.float("model.embed_tokens.weight".into(), &[vocab, dim], Rewrite::None);
     for (part, shape, heads) in parts {
         for index in 0..layers {
             let bytes = 4 + product(&shape).div_ceil(4);
@@ -302,10 +235,7 @@ fn ternary_plan(facts: &Llama2cFacts) -> Plan {
 }
 
 /// The bytes of a tensor as its encoding says, from the bytes in the file.
-pub(crate) fn rewritten<'a>(
-    info: &TensorInfo,
-    stored: &'a [u8],
-) -> Result<Cow<'a, [u8]>, ModelError> {
+pub(crate) fn rewritten<'a>(info: &TensorInfo, stored: &'a [u8]) -> Result<Cow<'a, [u8]>, ModelError> {
     match info.rewrite {
         Rewrite::None => Ok(Cow::Borrowed(stored)),
         Rewrite::SplitRotaryPairs { heads } => {
@@ -330,11 +260,7 @@ fn paired_row(row: usize, head_dim: usize) -> usize {
 
 /// Scale first, then codes from the highest bits down (00 = 0, 01 = +1, 11 = −1) become canonical
 /// codes, then the scale.
-fn high_first_trits(
-    info: &TensorInfo,
-    stored: &[u8],
-    heads: Option<usize>,
-) -> Result<Vec<u8>, ModelError> {
+fn high_first_trits(info: &TensorInfo, stored: &[u8], heads: Option<usize>) -> Result<Vec<u8>, ModelError> {
     let (rows, cols) = (info.shape[0], info.shape[1]);
     let (scale, packed) = stored.split_at(4);
     let row_bytes = cols.div_ceil(4);
@@ -357,10 +283,7 @@ fn high_first_trits(
         }
     }
     if bad > 0 {
-        let what = format!(
-            "{bad} of {} codes are 10, which is no ternary value",
-            rows * cols
-        );
+        let what = format!("{bad} of {} codes are 10, which is no ternary value", rows * cols);
         return Err(ModelError::tensor(&info.name, what));
     }
     out.extend_from_slice(scale);

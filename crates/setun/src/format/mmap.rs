@@ -21,10 +21,7 @@ impl FileBytes {
     /// Maps `path` read-only.
     pub(crate) fn open(path: &Path) -> Result<Self, ModelError> {
         let file = File::open(path).map_err(|e| ModelError::read(path, e))?;
-        let length = file
-            .metadata()
-            .map_err(|e| ModelError::read(path, e))?
-            .len();
+        let length = file.metadata().map_err(|e| ModelError::read(path, e))?.len();
         if length == 0 {
             return Ok(Self::Static(&[])); // Mapping nothing is an error on some systems.
         }
@@ -34,9 +31,7 @@ impl FileBytes {
         // plain numbers in which every bit pattern is a valid value, so no index depends on them. A file
         // cut short meanwhile ends the process with a bus error, which is no undefined behaviour.
         let mapped = unsafe { memmap2::Mmap::map(&file) };
-        mapped
-            .map(Self::Mapped)
-            .map_err(|e| ModelError::read(path, e))
+        mapped.map(Self::Mapped).map_err(|e| ModelError::read(path, e))
     }
 
     /// Lets the system drop the pages of `range` from this process's memory. They are read from the
@@ -47,11 +42,7 @@ impl FileBytes {
             // SAFETY: `DontNeed` on a private mapping that was never written discards clean pages only;
             // later reads fault them in from the file with the same contents.
             let _ = unsafe {
-                map.unchecked_advise_range(
-                    memmap2::UncheckedAdvice::DontNeed,
-                    range.start,
-                    range.len(),
-                )
+                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
             };
         }
         #[cfg(not(unix))]

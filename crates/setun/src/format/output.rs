@@ -28,20 +28,12 @@ impl Output {
         let temporary = target.with_file_name(hidden);
         let file = File::create(&temporary).map_err(|e| ModelError::write(target, e))?;
         let file = Some(BufWriter::with_capacity(1 << 20, file));
-        Ok(Self {
-            target: target.to_owned(),
-            temporary,
-            file,
-        })
+        Ok(Self { target: target.to_owned(), temporary, file })
     }
 
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
-        let file = self
-            .file
-            .as_mut()
-            .expect("only `finish` takes the file, and it consumes self");
-        file.write_all(bytes)
-            .map_err(|e| ModelError::write(&self.target, e))
+        let file = self.file.as_mut().expect("only `finish` takes the file, and it consumes self");
+        file.write_all(bytes).map_err(|e| ModelError::write(&self.target, e))
     }
 
     /// Writes `count` zero bytes, fewer than any alignment allowed.
@@ -63,15 +55,13 @@ impl Output {
     /// Flushes to the disk and gives the file its name.
     pub(crate) fn finish(mut self) -> Result<(), ModelError> {
         let file = self.file.take().expect("taken once, here");
-        let done = file
-            .into_inner()
-            .map_err(std::io::IntoInnerError::into_error);
-        done.and_then(|f| f.sync_all())
-            .and_then(|()| fs::rename(&self.temporary, &self.target))
-            .map_err(|e| {
+        let done = file.into_inner().map_err(std::io::IntoInnerError::into_error);
+        done.and_then(|f| f.sync_all()).and_then(|()| fs::rename(&self.temporary, &self.target)).map_err(
+            |e| {
                 let _ = fs::remove_file(&self.temporary);
                 ModelError::write(&self.target, e)
-            })
+            },
+        )
     }
 }
 

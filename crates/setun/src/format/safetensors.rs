@@ -52,10 +52,7 @@ pub(crate) fn find_in_folder(folder: &Path) -> Result<Found, ModelError> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(|e| ModelError::read(folder, e))? {
         let path = entry.map_err(|e| ModelError::read(folder, e))?.path();
-        if path
-            .extension()
-            .is_some_and(|e| e == "safetensors" || e == "gguf")
-        {
+        if path.extension().is_some_and(|e| e == "safetensors" || e == "gguf") {
             names.push(path);
         }
     }
@@ -63,20 +60,12 @@ pub(crate) fn find_in_folder(folder: &Path) -> Result<Found, ModelError> {
     match names.len() {
         1 => Ok(Found::Single(names.remove(0))),
         0 => {
-            let what =
-                "the folder holds no model: no model.safetensors, no shard index, no .gguf file";
+            let what = "the folder holds no model: no model.safetensors, no shard index, no .gguf file";
             Err(ModelError::unsupported(folder, what))
         }
         n => {
-            let first: Vec<_> = names
-                .iter()
-                .take(4)
-                .filter_map(|p| p.file_name()?.to_str())
-                .collect();
-            let what = format!(
-                "the folder holds {n} models ({}…): name one of them",
-                first.join(", ")
-            );
+            let first: Vec<_> = names.iter().take(4).filter_map(|p| p.file_name()?.to_str()).collect();
+            let what = format!("the folder holds {n} models ({}…): name one of them", first.join(", "));
             Err(ModelError::unsupported(folder, what))
         }
     }
@@ -91,45 +80,25 @@ pub(crate) fn looks_like(bytes: &[u8]) -> bool {
 
 /// Reads and checks the header of `bytes`, the whole file; `path` is for messages.
 pub(crate) fn read(path: &Path, bytes: &[u8]) -> Result<Header, ModelError> {
-    let broken =
-        |what: String| ModelError::format(path, format!("not a valid safetensors file: {what}"));
+    let broken = |what: String| ModelError::format(path, format!("not a valid safetensors file: {what}"));
     let Some(length) = bytes.first_chunk::<8>().map(|b| u64::from_le_bytes(*b)) else {
-        return Err(broken(format!(
-            "{} bytes are too few for a header",
-            bytes.len()
-        )));
+        return Err(broken(format!("{} bytes are too few for a header", bytes.len())));
     };
     let room = (bytes.len() - 8) as u64;
     if length > MAX_HEADER || length > room {
-        return Err(broken(format!(
-            "the header claims {length} bytes, but {room} follow"
-        )));
+        return Err(broken(format!("the header claims {length} bytes, but {room} follow")));
     }
     let start = 8 + length as usize;
-    let text = std::str::from_utf8(&bytes[8..start]).map_err(|e| {
-        broken(format!(
-            "the header is not UTF-8 at byte {}",
-            8 + e.valid_up_to()
-        ))
-    })?;
-    let RawHeader {
-        mut entries,
-        metadata,
-    } = serde_json::from_str(text).map_err(|e| broken(format!("the header is wrong: {e}")))?;
+    let text = std::str::from_utf8(&bytes[8..start])
+        .map_err(|e| broken(format!("the header is not UTF-8 at byte {}", 8 + e.valid_up_to())))?;
+    let RawHeader { mut entries, metadata } =
+        serde_json::from_str(text).map_err(|e| broken(format!("the header is wrong: {e}")))?;
 
     entries.sort_by_key(|(_, entry)| entry.data_offsets);
     let data_len = bytes.len() - start;
     let mut tensors = Vec::with_capacity(entries.len());
     let (mut end, mut before) = (0, "the header".to_owned());
-    for (
-        name,
-        RawEntry {
-            dtype,
-            shape,
-            data_offsets: [from, to],
-        },
-    ) in entries
-    {
+    for (name, RawEntry { dtype, shape, data_offsets: [from, to] }) in entries {
         if from > to || to > data_len {
             return Err(broken(format!(
                 "tensor `{name}` claims bytes {from}..{to} of the data, which has {data_len}: the file is \
@@ -137,14 +106,8 @@ pub(crate) fn read(path: &Path, bytes: &[u8]) -> Result<Header, ModelError> {
             )));
         }
         if from != end {
-            let fault = if from < end {
-                "overlaps"
-            } else {
-                "leaves a hole after"
-            };
-            return Err(broken(format!(
-                "tensor `{name}` at bytes {from}..{to} {fault} {before}"
-            )));
+            let fault = if from < end { "overlaps" } else { "leaves a hole after" };
+            return Err(broken(format!("tensor `{name}` at bytes {from}..{to} {fault} {before}")));
         }
         let bits = known_dtype(&dtype).map(|d| d.bitsize());
         let count = element_count(&shape)
@@ -169,10 +132,7 @@ pub(crate) fn read(path: &Path, bytes: &[u8]) -> Result<Header, ModelError> {
         });
     }
     if end != data_len {
-        return Err(broken(format!(
-            "{} bytes after {before} belong to no tensor",
-            data_len - end
-        )));
+        return Err(broken(format!("{} bytes after {before} belong to no tensor", data_len - end)));
     }
     Ok(Header { tensors, metadata })
 }
@@ -190,10 +150,7 @@ pub(crate) fn open_sharded(index: &Path) -> Result<(Vec<FileBytes>, Vec<TensorIn
     let (mut files, mut tensors) = (Vec::new(), Vec::new());
     for (shard, wanted) in shards {
         let mut parts = Path::new(shard).components();
-        let plain = matches!(
-            (parts.next(), parts.next()),
-            (Some(Component::Normal(_)), None)
-        );
+        let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
         if !plain || shard.contains(['/', '\\', ':']) {
             let what = format!("not a valid shard index: `{shard}` is not a plain file name");
             return Err(ModelError::format(index, what));
@@ -263,10 +220,7 @@ impl<'de> Deserialize<'de> for RawHeader {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawHeader, A::Error> {
                 let mut names = HashSet::new();
-                let mut header = RawHeader {
-                    entries: Vec::new(),
-                    metadata: Vec::new(),
-                };
+                let mut header = RawHeader { entries: Vec::new(), metadata: Vec::new() };
                 while let Some(key) = map.next_key::<String>()? {
                     if !names.insert(key.clone()) {
                         return Err(serde::de::Error::custom(format!("`{key}` occurs twice")));
@@ -274,9 +228,9 @@ impl<'de> Deserialize<'de> for RawHeader {
                     if key == "__metadata__" {
                         header.metadata = map.next_value::<UniqueMap<String>>()?.0;
                     } else {
-                        let entry = map.next_value().map_err(|e| {
-                            serde::de::Error::custom(format!("tensor `{key}`: {e}"))
-                        })?;
+                        let entry = map
+                            .next_value()
+                            .map_err(|e| serde::de::Error::custom(format!("tensor `{key}`: {e}")))?;
                         header.entries.push((key, entry));
                     }
                 }
@@ -357,16 +311,9 @@ impl SafetensorsWriter {
             );
             let length = spec.encoding.byte_len(&spec.shape).filter(|_| plain);
             let end = length.and_then(|n| offset.checked_add(n)).ok_or_else(|| {
-                let why = format!(
-                    "{} of shape {:?} is no plain number type",
-                    spec.encoding, spec.shape
-                );
+                let why = format!("{} of shape {:?} is no plain number type", spec.encoding, spec.shape);
                 let name = spec.name.clone();
-                ModelError::CannotEncode {
-                    name,
-                    encoding: "safetensors",
-                    why,
-                }
+                ModelError::CannotEncode { name, encoding: "safetensors", why }
             })?;
             let entry = serde_json::json!({
                 "dtype": spec.encoding.name(),
@@ -384,11 +331,7 @@ impl SafetensorsWriter {
         let mut output = Output::create(path)?;
         output.write(&(text.len() as u64).to_le_bytes())?;
         output.write(&text)?;
-        Ok(Self {
-            output,
-            specs,
-            next: 0,
-        })
+        Ok(Self { output, specs, next: 0 })
     }
 
     /// The tensor whose bytes are to be written next.
@@ -403,16 +346,10 @@ impl SafetensorsWriter {
     /// refuses, [`ModelError::Format`] if all tensors are written already.
     pub fn tensor(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
         let Some(spec) = self.specs.get(self.next) else {
-            return Err(ModelError::format(
-                self.output.path(),
-                "all tensors are already written",
-            ));
+            return Err(ModelError::format(self.output.path(), "all tensors are already written"));
         };
         if spec.encoding.byte_len(&spec.shape) != Some(bytes.len()) {
-            let what = format!(
-                "{} bytes to write, which is not what its header entry says",
-                bytes.len()
-            );
+            let what = format!("{} bytes to write, which is not what its header entry says", bytes.len());
             return Err(ModelError::tensor(&spec.name, what));
         }
         self.output.write(bytes)?;

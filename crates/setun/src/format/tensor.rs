@@ -72,12 +72,7 @@ impl Encoding {
     /// row is not whole blocks.
     pub fn byte_len(&self, shape: &[usize]) -> Option<usize> {
         let count = element_count(shape)?;
-        if !shape
-            .last()
-            .copied()
-            .unwrap_or(1)
-            .is_multiple_of(self.block_len())
-        {
+        if !shape.last().copied().unwrap_or(1).is_multiple_of(self.block_len()) {
             return None;
         }
         match self {
@@ -174,23 +169,10 @@ impl<'a> Tensor<'a> {
     /// A tensor that is in no file, for conversion and tests. Its length is checked when it is decoded.
     pub fn new(spec: TensorSpec, data: impl Into<Cow<'a, [u8]>>) -> Self {
         let data = data.into();
-        let TensorSpec {
-            name,
-            shape,
-            encoding,
-        } = spec;
-        let info = TensorInfo {
-            name,
-            shape,
-            encoding,
-            file: 0,
-            range: 0..data.len(),
-            rewrite: Rewrite::None,
-        };
-        Self {
-            info: Cow::Owned(info),
-            data,
-        }
+        let TensorSpec { name, shape, encoding } = spec;
+        let info =
+            TensorInfo { name, shape, encoding, file: 0, range: 0..data.len(), rewrite: Rewrite::None };
+        Self { info: Cow::Owned(info), data }
     }
 
     /// The tensor's name.

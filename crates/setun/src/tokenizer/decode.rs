@@ -40,11 +40,7 @@ impl Spelling {
                 } else {
                     let text = token.replace(SPACE, " ");
                     let own = strip && !state.started;
-                    let kept = if own {
-                        text.strip_prefix(' ').unwrap_or(&text)
-                    } else {
-                        &text
-                    };
+                    let kept = if own { text.strip_prefix(' ').unwrap_or(&text) } else { &text };
                     out.extend_from_slice(kept.as_bytes());
                 }
             }
@@ -111,22 +107,15 @@ mod tests {
         let mut seen = std::collections::HashSet::new();
         for byte in 0..=255 {
             let c = byte_to_char(byte);
-            assert!(
-                seen.insert(c) && !c.is_whitespace() && !c.is_control(),
-                "{byte}: {c:?}"
-            );
+            assert!(seen.insert(c) && !c.is_whitespace() && !c.is_control(), "{byte}: {c:?}");
             assert_eq!(char_to_byte(c), Some(byte));
         }
-        assert_eq!(
-            (byte_to_char(b' '), byte_to_char(b'\n'), byte_to_char(0xad)),
-            ('Ġ', 'Ċ', 'Ń')
-        );
+        assert_eq!((byte_to_char(b' '), byte_to_char(b'\n'), byte_to_char(0xad)), ('Ġ', 'Ċ', 'Ń'));
     }
 
     #[test]
     fn lossy_prefixes_put_together_equal_from_utf8_lossy_for_any_cut() {
-        let bytes =
-            b"a\xe2\x82\xac\xf0\x9f\x98\xff\xe2\x28\xa1\xc3\xc3\xa9\xf4\x90\x80\x80z\xe6\x97";
+        let bytes = b"a\xe2\x82\xac\xf0\x9f\x98\xff\xe2\x28\xa1\xc3\xc3\xa9\xf4\x90\x80\x80z\xe6\x97";
         let mut pending = Vec::new();
         let mut text = String::new();
         for &byte in bytes {

@@ -27,24 +27,18 @@ const REMOVE_WHITESPACES: &str = "tokenizer.ggml.remove_extra_whitespaces";
 const CHARSMAP: &str = "tokenizer.ggml.precompiled_charsmap";
 const TEMPLATE: &str = "tokenizer.chat_template";
 /// Other tokens that end generation: end of turn, of message, of text.
-const MORE_ENDS: [&str; 3] = [
-    "tokenizer.ggml.eot_token_id",
-    "tokenizer.ggml.eom_token_id",
-    "tokenizer.ggml.eog_token_id",
-];
+const MORE_ENDS: [&str; 3] =
+    ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id", "tokenizer.ggml.eog_token_id"];
 
 pub(super) fn read(metadata: &Metadata) -> Result<Tokenizer, ModelError> {
     let model = required(MODEL, metadata.str(MODEL)?)?;
     let vocabulary = match model {
         "gpt2" | "llama" | "bert" | "t5" => Vocabulary::read(metadata)?,
         "none" => {
-            return Err(refused(
-                "the file says it has none (tokenizer.ggml.model is `none`)",
-            ));
+            return Err(refused("the file says it has none (tokenizer.ggml.model is `none`)"));
         }
         other => {
-            let what =
-                format!("tokenizer.ggml.model is `{other}`, but gpt2, llama, bert and t5 are read");
+            let what = format!("tokenizer.ggml.model is `{other}`, but gpt2, llama, bert and t5 are read");
             return Err(refused(what));
         }
     };
@@ -56,9 +50,7 @@ pub(super) fn read(metadata: &Metadata) -> Result<Tokenizer, ModelError> {
     };
     for key in MORE_ENDS {
         let id = token_id(metadata, key, tokenizer.vocab_size)?;
-        tokenizer
-            .eos
-            .extend(id.filter(|id| !tokenizer.eos.contains(id)));
+        tokenizer.eos.extend(id.filter(|id| !tokenizer.eos.contains(id)));
     }
     tokenizer.add_known_ends();
     tokenizer.chat_template = metadata.str(TEMPLATE)?.map(str::to_owned);
@@ -74,10 +66,7 @@ struct Vocabulary {
 
 impl Vocabulary {
     fn read(metadata: &Metadata) -> Result<Self, ModelError> {
-        let wrong = |key: &str, what: String| ModelError::Metadata {
-            key: key.to_owned(),
-            what,
-        };
+        let wrong = |key: &str, what: String| ModelError::Metadata { key: key.to_owned(), what };
         let tokens = required(TOKENS, metadata.array(TOKENS)?)?;
         let tokens = tokens
             .as_strings()
@@ -90,50 +79,26 @@ impl Vocabulary {
             if length == tokens.len() {
                 return Ok(());
             }
-            Err(wrong(
-                key,
-                format!(
-                    "has {length} entries, but there are {} tokens",
-                    tokens.len()
-                ),
-            ))
+            Err(wrong(key, format!("has {length} entries, but there are {} tokens", tokens.len())))
         };
         let scores = metadata.array(SCORES)?.map(|array| {
             same_length(SCORES, array.len())?;
-            array
-                .to_f32s()
-                .ok_or_else(|| wrong(SCORES, "is not an array of floats".to_owned()))
+            array.to_f32s().ok_or_else(|| wrong(SCORES, "is not an array of floats".to_owned()))
         });
         let kinds = metadata.array(TYPES)?.map(|array| {
             same_length(TYPES, array.len())?;
             let numbers = array.to_i64s();
-            let numbers =
-                numbers.ok_or_else(|| wrong(TYPES, "is not an array of integers".to_owned()))?;
+            let numbers = numbers.ok_or_else(|| wrong(TYPES, "is not an array of integers".to_owned()))?;
             let kind = |(index, number): (usize, &i64)| {
                 // 0 ("undefined") is what some writers give every token.
-                let kind = if *number == 0 {
-                    Some(Kind::Normal)
-                } else {
-                    Kind::from_number(*number)
-                };
+                let kind = if *number == 0 { Some(Kind::Normal) } else { Kind::from_number(*number) };
                 kind.ok_or_else(|| {
-                    wrong(
-                        TYPES,
-                        format!("has the value {number} at {index}; 1 to 6 are known"),
-                    )
+                    wrong(TYPES, format!("has the value {number} at {index}; 1 to 6 are known"))
                 })
             };
-            numbers
-                .iter()
-                .enumerate()
-                .map(kind)
-                .collect::<Result<Vec<_>, _>>()
+            numbers.iter().enumerate().map(kind).collect::<Result<Vec<_>, _>>()
         });
-        Ok(Self {
-            scores: scores.transpose()?,
-            kinds: kinds.transpose()?,
-            tokens,
-        })
+        Ok(Self { scores: scores.transpose()?, kinds: kinds.transpose()?, tokens })
     }
 
     fn kind(&self, id: usize) -> Kind {
@@ -146,10 +111,7 @@ impl Vocabulary {
         all.filter_map(|(id, text)| {
             let kind = self.kind(id);
             let special = kind == Kind::Control;
-            (special || kind == Kind::UserDefined).then(|| Added {
-                text: text.clone(),
-                special,
-            })
+            (special || kind == Kind::UserDefined).then(|| Added { text: text.clone(), special })
         })
         .collect()
     }
@@ -167,10 +129,7 @@ fn token_id(metadata: &Metadata, key: &str, vocab_size: usize) -> Result<Option<
         Ok(id) if (id as usize) < vocab_size => Ok(Some(id)),
         _ => {
             let what = format!("is {id}, but the vocabulary has {vocab_size} tokens");
-            Err(ModelError::Metadata {
-                key: key.to_owned(),
-                what,
-            })
+            Err(ModelError::Metadata { key: key.to_owned(), what })
         }
     }
 }
@@ -190,13 +149,7 @@ fn set_ends(
     let before = metadata.bool(ADD_BOS)?.unwrap_or(defaults.0);
     let after = metadata.bool(ADD_EOS)?.unwrap_or(defaults.1);
     tokenizer.before = tokenizer.bos.filter(|_| before).into_iter().collect();
-    tokenizer.after = tokenizer
-        .eos
-        .first()
-        .copied()
-        .filter(|_| after)
-        .into_iter()
-        .collect();
+    tokenizer.after = tokenizer.eos.first().copied().filter(|_| after).into_iter().collect();
     Ok(())
 }
 
@@ -204,16 +157,10 @@ fn byte_level(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Tokenizer,
     let pre = match metadata.str(PRE)? {
         Some(name) => Pre::named(name).ok_or_else(|| {
             let known = Pre::known_names();
-            refused(format!(
-                "the split rules `{name}` (tokenizer.ggml.pre) are not known; known are {known}"
-            ))
+            refused(format!("the split rules `{name}` (tokenizer.ggml.pre) are not known; known are {known}"))
         })?,
         // bitnet.cpp's converters write no `pre` for the Llama-3 vocabulary.
-        None if vocabulary
-            .tokens
-            .iter()
-            .any(|token| token == "<|begin_of_text|>") =>
-        {
+        None if vocabulary.tokens.iter().any(|token| token == "<|begin_of_text|>") => {
             Pre::named("llama-bpe").ok_or_else(|| refused("no rules for llama-bpe"))?
         }
         None => {
@@ -237,9 +184,7 @@ fn byte_level(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Tokenizer,
             key: MERGES.to_owned(),
             what: format!("has `{merge}` at {index}, {what}"),
         };
-        let (left, right) = merge
-            .split_once(' ')
-            .ok_or_else(|| broken("which is not `left right`"))?;
+        let (left, right) = merge.split_once(' ').ok_or_else(|| broken("which is not `left right`"))?;
         for part in [left, right, &[left, right].concat()] {
             if !vocab.contains_key(part) {
                 return Err(broken(&format!("but `{part}` is not a token")));
@@ -270,9 +215,7 @@ fn word_piece(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Tokenizer,
     let spelled = |id: Option<u32>| id.map(|id| vocabulary.tokens[id as usize].clone());
     let unknown = spelled(token_id(metadata, UNKNOWN, size)?).unwrap_or_else(|| "[UNK]".to_owned());
     if !vocab.contains_key(&unknown) {
-        return Err(refused(format!(
-            "the vocabulary lacks its unknown token `{unknown}`"
-        )));
+        return Err(refused(format!("the vocabulary lacks its unknown token `{unknown}`")));
     }
     let json = json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
@@ -315,19 +258,11 @@ fn sentence_piece(
         .collect();
     let size = pieces.len();
     // llama.cpp's defaults when a key is missing.
-    let control = |id: u32| {
-        pieces
-            .get(id as usize)
-            .filter(|p| p.kind == Kind::Control)
-            .map(|_| id)
-    };
+    let control = |id: u32| pieces.get(id as usize).filter(|p| p.kind == Kind::Control).map(|_| id);
     let bpe = algorithm == Algorithm::Bpe;
     let bos = token_id(metadata, BOS, size)?.or_else(|| control(1).filter(|_| bpe));
     let eos = token_id(metadata, EOS, size)?.or_else(|| control(if bpe { 2 } else { 1 }));
-    let found = pieces
-        .iter()
-        .position(|piece| piece.kind == Kind::Unknown)
-        .map(|id| id as u32);
+    let found = pieces.iter().position(|piece| piece.kind == Kind::Unknown).map(|id| id as u32);
     let charsmap = match metadata.array(CHARSMAP)? {
         Some(Array::U8(bytes)) => Some(Charsmap::new(bytes)?),
         Some(Array::I8(bytes)) => {
@@ -336,10 +271,7 @@ fn sentence_piece(
         }
         Some(_) => {
             let what = "is not an array of bytes".to_owned();
-            return Err(ModelError::Metadata {
-                key: CHARSMAP.to_owned(),
-                what,
-            });
+            return Err(ModelError::Metadata { key: CHARSMAP.to_owned(), what });
         }
         None => None,
     };
@@ -365,9 +297,7 @@ pub(super) fn write(tokenizer: &Tokenizer) -> Result<Vec<(String, Value)>, Model
         Engine::Spm(spm) => {
             let bpe = spm.rules.algorithm == Algorithm::Bpe;
             if bpe && spm.rules.charsmap.is_some() {
-                return Err(refused(
-                    "it maps characters, which GGUF's `llama` vocabularies cannot say",
-                ));
+                return Err(refused("it maps characters, which GGUF's `llama` vocabularies cannot say"));
             }
             let model = if bpe { "llama" } else { "t5" };
             put(MODEL, Value::String(model.to_owned()));
@@ -375,23 +305,12 @@ pub(super) fn write(tokenizer: &Tokenizer) -> Result<Vec<(String, Value)>, Model
             let pieces = &spm.pieces;
             let texts = pieces.iter().map(|piece| piece.text.clone()).collect();
             put(TOKENS, Value::Array(Array::String(texts)));
-            put(
-                SCORES,
-                Value::Array(Array::F32(pieces.iter().map(|piece| piece.score).collect())),
-            );
-            put(
-                TYPES,
-                Value::Array(Array::I32(
-                    pieces.iter().map(|piece| piece.kind as i32).collect(),
-                )),
-            );
+            put(SCORES, Value::Array(Array::F32(pieces.iter().map(|piece| piece.score).collect())));
+            put(TYPES, Value::Array(Array::I32(pieces.iter().map(|piece| piece.kind as i32).collect())));
             put(ADD_SPACE_PREFIX, Value::Bool(spm.rules.add_prefix));
             // Programs that do not know the key in a `llama` vocabulary differ on repeated spaces only.
             if !bpe || spm.rules.remove_extra_whitespaces {
-                put(
-                    REMOVE_WHITESPACES,
-                    Value::Bool(spm.rules.remove_extra_whitespaces),
-                );
+                put(REMOVE_WHITESPACES, Value::Bool(spm.rules.remove_extra_whitespaces));
             }
             if let Some(map) = &spm.rules.charsmap {
                 put(CHARSMAP, Value::Array(Array::U8(map.blob().to_vec())));
@@ -401,8 +320,7 @@ pub(super) fn write(tokenizer: &Tokenizer) -> Result<Vec<(String, Value)>, Model
             }
         }
         Engine::Hf(inner) => {
-            let json =
-                serde_json::to_value(inner.as_ref()).map_err(|error| refused(error.to_string()))?;
+            let json = serde_json::to_value(inner.as_ref()).map_err(|error| refused(error.to_string()))?;
             let (pre, merges) = byte_level_facts(&json)?;
             put(MODEL, Value::String("gpt2".to_owned()));
             put(PRE, Value::String(pre.names[0].to_owned()));
@@ -431,14 +349,11 @@ pub(super) fn write(tokenizer: &Tokenizer) -> Result<Vec<(String, Value)>, Model
     }
     let expected_before: Vec<u32> = tokenizer.bos.into_iter().collect();
     let expected_after: Vec<u32> = tokenizer.eos.first().copied().into_iter().collect();
-    for (key, ids, expected) in [
-        (ADD_BOS, &tokenizer.before, expected_before),
-        (ADD_EOS, &tokenizer.after, expected_after),
-    ] {
+    for (key, ids, expected) in
+        [(ADD_BOS, &tokenizer.before, expected_before), (ADD_EOS, &tokenizer.after, expected_after)]
+    {
         if !ids.is_empty() && *ids != expected {
-            return Err(refused(
-                "GGUF can add one BOS and one EOS to a text, but this adds other tokens",
-            ));
+            return Err(refused("GGUF can add one BOS and one EOS to a text, but this adds other tokens"));
         }
         put(key, Value::Bool(!ids.is_empty()));
     }
@@ -457,19 +372,13 @@ fn byte_level_facts(json: &Json) -> Result<(&'static Pre, Vec<String>), ModelErr
     }
     let steps = &json["pre_tokenizer"];
     let single = [steps.clone()];
-    let steps = steps["pretokenizers"]
-        .as_array()
-        .map_or(single.as_slice(), Vec::as_slice);
+    let steps = steps["pretokenizers"].as_array().map_or(single.as_slice(), Vec::as_slice);
     let (mut patterns, mut byte_level) = (Vec::new(), false);
     for step in steps {
         match step["type"].as_str() {
             Some("Split") if step["behavior"] == "Isolated" && step["invert"] != true => {
                 let pattern = step["pattern"]["Regex"].as_str();
-                patterns.push(
-                    pattern
-                        .ok_or_else(|| unknown("it splits at a fixed string"))?
-                        .to_owned(),
-                );
+                patterns.push(pattern.ok_or_else(|| unknown("it splits at a fixed string"))?.to_owned());
             }
             Some("Digits") => {
                 let each = step["individual_digits"] == true;
@@ -494,9 +403,7 @@ fn byte_level_facts(json: &Json) -> Result<(&'static Pre, Vec<String>), ModelErr
     };
     let ignore_merges = model["ignore_merges"] == true;
     let pre = Pre::with_rules(&patterns, ignore_merges, nfc).ok_or_else(|| {
-        unknown(&format!(
-            "it splits text by {patterns:?} (merges ignored: {ignore_merges}, NFC: {nfc})"
-        ))
+        unknown(&format!("it splits text by {patterns:?} (merges ignored: {ignore_merges}, NFC: {nfc})"))
     })?;
     let merges = model["merges"].as_array().map_or(&[][..], Vec::as_slice);
     let mut texts = Vec::with_capacity(merges.len());
@@ -504,16 +411,12 @@ fn byte_level_facts(json: &Json) -> Result<(&'static Pre, Vec<String>), ModelErr
     for merge in merges {
         let text = match merge {
             Json::String(text) => text.clone(),
-            pair => format!(
-                "{} {}",
-                pair[0].as_str().unwrap_or_default(),
-                pair[1].as_str().unwrap_or_default()
-            ),
+            pair => {
+                format!("{} {}", pair[0].as_str().unwrap_or_default(), pair[1].as_str().unwrap_or_default())
+            }
         };
         if text.split(' ').count() != 2 || !seen.insert(text.clone()) {
-            return Err(refused(format!(
-                "the merge `{text}` cannot be written as `left right`"
-            )));
+            return Err(refused(format!("the merge `{text}` cannot be written as `left right`")));
         }
         texts.push(text);
     }

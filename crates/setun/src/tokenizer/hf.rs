@@ -23,15 +23,13 @@ use super::pre::Pre;
 type Inner = tokenizers::Tokenizer;
 
 pub(super) fn from_json(bytes: &[u8]) -> Result<Tokenizer, ModelError> {
-    let json: Json = serde_json::from_slice(bytes)
-        .map_err(|error| refused(format!("not valid JSON: {error}")))?;
+    let json: Json =
+        serde_json::from_slice(bytes).map_err(|error| refused(format!("not valid JSON: {error}")))?;
     check(&json)?;
     let mut inner = guard(|| Inner::from_bytes(bytes))?;
     // Limits for training batches; a prompt is never cut or padded.
     inner.with_padding(None);
-    inner
-        .with_truncation(None)
-        .map_err(|error| refused(error.to_string()))?;
+    inner.with_truncation(None).map_err(|error| refused(error.to_string()))?;
     let mut tokenizer = wrap(inner)?;
     (tokenizer.before, tokenizer.after) = surroundings(&tokenizer)?;
     tokenizer.bos = tokenizer.before.first().copied();
@@ -47,10 +45,7 @@ pub(super) fn from_value(json: &Json) -> Result<Inner, ModelError> {
 
 /// A tokenizer without BOS, EOS and template, which the caller knows or looks up.
 pub(super) fn wrap(inner: Inner) -> Result<Tokenizer, ModelError> {
-    let special = inner
-        .get_added_tokens_decoder()
-        .into_iter()
-        .filter(|(_, token)| token.special);
+    let special = inner.get_added_tokens_decoder().into_iter().filter(|(_, token)| token.special);
     let largest = inner.get_vocab(true).into_values().max();
     let decoder = serde_json::to_value(inner.get_decoder()).unwrap_or_default();
     Ok(Tokenizer {
@@ -92,9 +87,7 @@ fn surroundings(tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<u32>), ModelErro
     }
     let bare = encode(inner, "a")?;
     let whole = guard(|| inner.encode_fast("a", true))?.get_ids().to_vec();
-    let at = whole
-        .windows(bare.len().max(1))
-        .position(|window| window == bare);
+    let at = whole.windows(bare.len().max(1)).position(|window| window == bare);
     match at {
         Some(at) => Ok((whole[..at].to_vec(), whole[at + bare.len()..].to_vec())),
         None => Ok((whole, Vec::new())), // `a` has no token at all.
@@ -110,13 +103,9 @@ fn spelling(decoder: &Json) -> Option<Spelling> {
     let (mut replaces, mut strip) = (false, false);
     for step in steps {
         match step["type"].as_str()? {
-            "Replace" if step["pattern"]["String"] == "▁" && step["content"] == " " => {
-                replaces = true
-            }
+            "Replace" if step["pattern"]["String"] == "▁" && step["content"] == " " => replaces = true,
             "ByteFallback" | "Fuse" => {}
-            "Strip" if step["content"] == " " && step["start"] == 1 && step["stop"] == 0 => {
-                strip = true
-            }
+            "Strip" if step["content"] == " " && step["start"] == 1 && step["stop"] == 0 => strip = true,
             _ => return None,
         }
     }
@@ -127,32 +116,25 @@ fn spelling(decoder: &Json) -> Option<Spelling> {
 fn check(json: &Json) -> Result<(), ModelError> {
     let model = &json["model"];
     if let (Some(vocab), Some(merges)) = (model["vocab"].as_object(), model["merges"].as_array()) {
-        let prefix = model["continuing_subword_prefix"]
-            .as_str()
-            .unwrap_or_default();
+        let prefix = model["continuing_subword_prefix"].as_str().unwrap_or_default();
         for (index, merge) in merges.iter().enumerate() {
             let pair = match merge {
                 Json::String(both) => both.split_once(' '),
                 Json::Array(pair) => match pair.as_slice() {
-                    [Json::String(left), Json::String(right)] => {
-                        Some((left.as_str(), right.as_str()))
-                    }
+                    [Json::String(left), Json::String(right)] => Some((left.as_str(), right.as_str())),
                     _ => None,
                 },
                 _ => None,
             };
             let Some((left, right)) = pair else {
-                return Err(refused(format!(
-                    "merge {index} is not a pair of tokens: {merge}"
-                )));
+                return Err(refused(format!("merge {index} is not a pair of tokens: {merge}")));
             };
             let joined = right.strip_prefix(prefix).map(|rest| [left, rest].concat());
             for part in [Some(left.to_owned()), Some(right.to_owned()), joined] {
                 if !part.as_ref().is_some_and(|part| vocab.contains_key(part)) {
                     let part = part.unwrap_or_else(|| right.to_owned());
-                    let what = format!(
-                        "merge {index} needs the token `{part}`, which is not in the vocabulary"
-                    );
+                    let what =
+                        format!("merge {index} needs the token `{part}`, which is not in the vocabulary");
                     return Err(refused(what));
                 }
             }
@@ -174,28 +156,20 @@ fn check_parts(part: &Json) -> Result<(), ModelError> {
         Some("Precompiled") => {
             let text = part["precompiled_charsmap"].as_str().unwrap_or_default();
             if !text.is_empty()
-                && !BASE64
-                    .decode(text)
-                    .is_ok_and(|b| Charsmap::new(&b).is_ok_and(|m| m.is_sound()))
+                && !BASE64.decode(text).is_ok_and(|b| Charsmap::new(&b).is_ok_and(|m| m.is_sound()))
             {
-                return Err(refused(
-                    "the normalizer's `precompiled_charsmap` is damaged",
-                ));
+                return Err(refused("the normalizer's `precompiled_charsmap` is damaged"));
             }
         }
         Some("FixedLength") if part["length"].as_u64() == Some(0) => {
             return Err(refused("the pre-tokenizer `FixedLength` has the length 0"));
         }
         Some("TemplateProcessing") => {
-            let pieces = ["single", "pair"]
-                .iter()
-                .filter_map(|list| part[*list].as_array())
-                .flatten();
+            let pieces = ["single", "pair"].iter().filter_map(|list| part[*list].as_array()).flatten();
             for id in pieces.filter_map(|piece| piece["SpecialToken"]["id"].as_str()) {
                 if part["special_tokens"].get(id).is_none() {
-                    let what = format!(
-                        "the post-processor uses `{id}`, which its `special_tokens` do not define"
-                    );
+                    let what =
+                        format!("the post-processor uses `{id}`, which its `special_tokens` do not define");
                     return Err(refused(what));
                 }
             }
@@ -218,32 +192,20 @@ pub(super) fn byte_level_bpe(
     pre: &Pre,
     added: Vec<Added>,
 ) -> Result<Inner, ModelError> {
-    let model = guard(|| {
-        BPE::builder()
-            .vocab_and_merges(vocab, merges)
-            .ignore_merges(pre.ignore_merges)
-            .build()
-    })?;
+    let model =
+        guard(|| BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(pre.ignore_merges).build())?;
     let mut inner = Inner::new(model);
     let mut steps = Vec::new();
     for pattern in pre.patterns {
         let pattern = SplitPattern::Regex((*pattern).to_owned());
         let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false);
-        steps.push(PreTokenizerWrapper::Split(
-            split.map_err(|error| refused(error.to_string()))?,
-        ));
+        steps.push(PreTokenizerWrapper::Split(split.map_err(|error| refused(error.to_string()))?));
     }
-    steps.push(PreTokenizerWrapper::ByteLevel(ByteLevel::new(
-        false, true, false,
-    )));
-    inner.with_pre_tokenizer(Some(tokenizers::pre_tokenizers::sequence::Sequence::new(
-        steps,
-    )));
+    steps.push(PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, false)));
+    inner.with_pre_tokenizer(Some(tokenizers::pre_tokenizers::sequence::Sequence::new(steps)));
     if pre.nfc {
         let nfc = NormalizerWrapper::NFC(tokenizers::normalizers::NFC);
-        inner
-            .with_normalizer(Some(nfc))
-            .map_err(|error| refused(error.to_string()))?;
+        inner.with_normalizer(Some(nfc)).map_err(|error| refused(error.to_string()))?;
     }
     inner.with_decoder(Some(ByteLevel::new(false, true, false)));
     add_tokens(&mut inner, added)?;
@@ -264,9 +226,7 @@ pub(super) fn to_json(tokenizer: &Tokenizer) -> Result<String, ModelError> {
             .map_err(|error| refused(format!("cannot be written as JSON: {error}")))?,
         Engine::Spm(spm) => spm_json(spm)?,
     };
-    if !(tokenizer.before.is_empty() && tokenizer.after.is_empty())
-        && json["post_processor"].is_null()
-    {
+    if !(tokenizer.before.is_empty() && tokenizer.after.is_empty()) && json["post_processor"].is_null() {
         json["post_processor"] = template(tokenizer);
     }
     serde_json::to_string_pretty(&json)
@@ -280,17 +240,11 @@ fn template(tokenizer: &Tokenizer) -> Json {
     let sequence = |id: &str| json!({"Sequence": {"id": id, "type_id": 0}});
     let around = |id: &str| -> Vec<Json> {
         let before = tokenizer.before.iter().map(special);
-        before
-            .chain([sequence(id)])
-            .chain(tokenizer.after.iter().map(special))
-            .collect()
+        before.chain([sequence(id)]).chain(tokenizer.after.iter().map(special)).collect()
     };
     let mut tokens = serde_json::Map::new();
     for &id in tokenizer.before.iter().chain(&tokenizer.after) {
-        tokens.insert(
-            name(id),
-            json!({"id": name(id), "ids": [id], "tokens": [name(id)]}),
-        );
+        tokens.insert(name(id), json!({"id": name(id), "ids": [id], "tokens": [name(id)]}));
     }
     let pair = [around("A"), around("B")].concat();
     json!({"type": "TemplateProcessing", "single": around("A"), "pair": pair, "special_tokens": tokens})
@@ -301,10 +255,7 @@ fn spm_json(spm: &Spm) -> Result<Json, ModelError> {
     let mut seen = HashSet::new();
     for piece in &spm.pieces {
         if !seen.insert(piece.text.as_str()) {
-            let what = format!(
-                "two pieces are spelled `{}`, which tokenizer.json cannot hold",
-                piece.text
-            );
+            let what = format!("two pieces are spelled `{}`, which tokenizer.json cannot hold", piece.text);
             return Err(refused(what));
         }
     }
@@ -320,28 +271,17 @@ fn spm_json(spm: &Spm) -> Result<Json, ModelError> {
     if spm.rules.add_prefix {
         normalizers.push(json!({"type": "Prepend", "prepend": SPACE.to_string()}));
     }
-    normalizers
-        .push(json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE.to_string()}));
-    let unknown = spm
-        .rules
-        .unknown
-        .map(|id| spm.pieces[id as usize].text.as_str());
+    normalizers.push(json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE.to_string()}));
+    let unknown = spm.rules.unknown.map(|id| spm.pieces[id as usize].text.as_str());
     let model = match spm.rules.algorithm {
         Algorithm::Bpe => {
-            let vocab: serde_json::Map<String, Json> = spm
-                .pieces
-                .iter()
-                .zip(0u32..)
-                .map(|(piece, id)| (piece.text.clone(), json!(id)))
-                .collect();
+            let vocab: serde_json::Map<String, Json> =
+                spm.pieces.iter().zip(0u32..).map(|(piece, id)| (piece.text.clone(), json!(id))).collect();
             json!({"type": "BPE", "unk_token": unknown, "fuse_unk": true,
                 "byte_fallback": spm.has_byte_fallback(), "vocab": vocab, "merges": merges(spm)})
         }
         Algorithm::Unigram => {
-            let pieces = spm
-                .pieces
-                .iter()
-                .map(|piece| json!([piece.text, piece.score]));
+            let pieces = spm.pieces.iter().map(|piece| json!([piece.text, piece.score]));
             json!({"type": "Unigram", "unk_id": spm.rules.unknown,
                 "byte_fallback": spm.has_byte_fallback(), "vocab": pieces.collect::<Vec<_>>()})
         }
@@ -372,14 +312,10 @@ fn spm_json(spm: &Spm) -> Result<Json, ModelError> {
 
 /// Every way to join two pieces into a third, best score first.
 fn merges(spm: &Spm) -> Vec<[String; 2]> {
-    let mut order: Vec<usize> = (0..spm.pieces.len())
-        .filter(|&i| matches!(spm.pieces[i].kind, Kind::Normal))
-        .collect();
+    let mut order: Vec<usize> =
+        (0..spm.pieces.len()).filter(|&i| matches!(spm.pieces[i].kind, Kind::Normal)).collect();
     order.sort_by(|&a, &b| spm.pieces[b].score.total_cmp(&spm.pieces[a].score)); // Stable: ties by id.
-    let known = |text: &str| {
-        spm.id(text)
-            .is_some_and(|id| spm.pieces[id as usize].kind == Kind::Normal)
-    };
+    let known = |text: &str| spm.id(text).is_some_and(|id| spm.pieces[id as usize].kind == Kind::Normal);
     let mut merges = Vec::new();
     for &index in &order {
         let text = &spm.pieces[index].text;

@@ -129,9 +129,7 @@ impl Tokenizer {
             .map(|(id, _)| id)
             .collect();
         let mut tokenizer = Self {
-            spelling: Some(Spelling::SentencePiece {
-                strip: spm.rules.add_prefix,
-            }),
+            spelling: Some(Spelling::SentencePiece { strip: spm.rules.add_prefix }),
             special,
             vocab_size: spm.pieces.len(),
             bos: spm.bos,
@@ -166,10 +164,7 @@ impl Tokenizer {
     /// As [`Tokenizer::encode`].
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, ModelError> {
         let ids = self.encode_bare(text)?;
-        if ids
-            .first()
-            .is_some_and(|first| self.before.contains(first) || self.bos == Some(*first))
-        {
+        if ids.first().is_some_and(|first| self.before.contains(first) || self.bos == Some(*first)) {
             return Ok(ids);
         }
         Ok([self.before.as_slice(), &ids].concat())
@@ -294,9 +289,7 @@ impl Tokenizer {
     fn add_known_ends(&mut self) {
         for name in END_NAMES {
             match self.token_to_id(name) {
-                Some(id) if self.special.contains(&id) && !self.eos.contains(&id) => {
-                    self.eos.push(id)
-                }
+                Some(id) if self.special.contains(&id) && !self.eos.contains(&id) => self.eos.push(id),
                 _ => {}
             }
         }

@@ -21,22 +21,13 @@ const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN35: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// GPT-2's rule, which the `ByteLevel` pre-tokenizer of `tokenizer.json` applies by itself.
-pub(super) const GPT2: &str =
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+pub(super) const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 static TABLE: &[Pre] = &[
     Pre {
-        names: &[
-            "llama-bpe",
-            "llama3",
-            "llama-v3",
-            "falcon3",
-            "falcon-h1",
-            "falcon_e",
-            "falcon-e",
-        ],
+        names: &["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "falcon_e", "falcon-e"],
         patterns: &[LLAMA3],
         ignore_merges: true,
         add_bos: true,
@@ -63,20 +54,8 @@ static TABLE: &[Pre] = &[
         add_bos: false,
         nfc: true,
     },
-    Pre {
-        names: &["stablelm2"],
-        patterns: &[QWEN2],
-        ignore_merges: false,
-        add_bos: false,
-        nfc: false,
-    },
-    Pre {
-        names: &["qwen35"],
-        patterns: &[QWEN35],
-        ignore_merges: false,
-        add_bos: false,
-        nfc: true,
-    },
+    Pre { names: &["stablelm2"], patterns: &[QWEN2], ignore_merges: false, add_bos: false, nfc: false },
+    Pre { names: &["qwen35"], patterns: &[QWEN35], ignore_merges: false, add_bos: false, nfc: true },
     Pre {
         names: &["falcon"],
         patterns: &[r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]"],
@@ -91,20 +70,8 @@ static TABLE: &[Pre] = &[
         add_bos: false,
         nfc: false,
     },
-    Pre {
-        names: &["tekken"],
-        patterns: &[TEKKEN],
-        ignore_merges: true,
-        add_bos: true,
-        nfc: false,
-    },
-    Pre {
-        names: &["gpt-4o"],
-        patterns: &[GPT4O],
-        ignore_merges: false,
-        add_bos: false,
-        nfc: false,
-    },
+    Pre { names: &["tekken"], patterns: &[TEKKEN], ignore_merges: true, add_bos: true, nfc: false },
+    Pre { names: &["gpt-4o"], patterns: &[GPT4O], ignore_merges: false, add_bos: false, nfc: false },
     Pre {
         names: &["default"],
         patterns: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
@@ -120,22 +87,13 @@ impl Pre {
     }
 
     /// The family with these rules, for writing.
-    pub(super) fn with_rules(
-        patterns: &[String],
-        ignore_merges: bool,
-        nfc: bool,
-    ) -> Option<&'static Self> {
+    pub(super) fn with_rules(patterns: &[String], ignore_merges: bool, nfc: bool) -> Option<&'static Self> {
         TABLE.iter().find(|pre| {
             pre.patterns.iter().eq(patterns) && pre.ignore_merges == ignore_merges && pre.nfc == nfc
         })
     }
 
     pub(super) fn known_names() -> String {
-        TABLE
-            .iter()
-            .flat_map(|pre| pre.names)
-            .copied()
-            .collect::<Vec<_>>()
-            .join(", ")
+        TABLE.iter().flat_map(|pre| pre.names).copied().collect::<Vec<_>>().join(", ")
     }
 }

@@ -23,22 +23,16 @@ pub(super) fn read(bytes: &[u8]) -> Result<Spm, ModelError> {
         }
     }
     if pieces.is_empty() {
-        return Err(refused(
-            "a file without pieces, which is no SentencePiece model",
-        ));
+        return Err(refused("a file without pieces, which is no SentencePiece model"));
     }
     let algorithm = match trainer.model_type {
         1 => Algorithm::Unigram,
         2 => Algorithm::Bpe,
         3 => {
-            return Err(refused(
-                "model type `word`; only `bpe` and `unigram` are read",
-            ));
+            return Err(refused("model type `word`; only `bpe` and `unigram` are read"));
         }
         4 => {
-            return Err(refused(
-                "model type `char`; only `bpe` and `unigram` are read",
-            ));
+            return Err(refused("model type `char`; only `bpe` and `unigram` are read"));
         }
         other => {
             let what = format!("model type {other}; only 1 (unigram) and 2 (bpe) are read");
@@ -46,19 +40,13 @@ pub(super) fn read(bytes: &[u8]) -> Result<Spm, ModelError> {
         }
     };
     if trainer.whitespace_as_suffix {
-        return Err(refused(
-            "`treat_whitespace_as_suffix`, which is not supported",
-        ));
+        return Err(refused("`treat_whitespace_as_suffix`, which is not supported"));
     }
     let charsmap = match normalizer.charsmap {
         Some(blob) if !blob.is_empty() => Some(Charsmap::new(blob)?),
         _ => None,
     };
-    let id = |id: i64| {
-        u32::try_from(id)
-            .ok()
-            .filter(|&id| (id as usize) < pieces.len())
-    };
+    let id = |id: i64| u32::try_from(id).ok().filter(|&id| (id as usize) < pieces.len());
     let rules = Rules {
         algorithm,
         add_prefix: normalizer.add_dummy_prefix,
@@ -66,19 +54,14 @@ pub(super) fn read(bytes: &[u8]) -> Result<Spm, ModelError> {
         escape_whitespaces: normalizer.escape_whitespaces,
         charsmap,
         inline_user_defined: true,
-        unknown: pieces
-            .iter()
-            .position(|p| p.kind == Kind::Unknown)
-            .map(|id| id as u32),
+        unknown: pieces.iter().position(|p| p.kind == Kind::Unknown).map(|id| id as u32),
     };
     let (bos, eos) = (id(trainer.bos), id(trainer.eos));
     Spm::new(pieces, rules, bos, eos)
 }
 
 fn refused(what: &str) -> ModelError {
-    ModelError::Tokenizer {
-        what: format!("SentencePiece model has {what}"),
-    }
+    ModelError::Tokenizer { what: format!("SentencePiece model has {what}") }
 }
 
 struct Trainer {
@@ -90,12 +73,7 @@ struct Trainer {
 
 impl Default for Trainer {
     fn default() -> Self {
-        Self {
-            model_type: 1,
-            whitespace_as_suffix: false,
-            bos: 1,
-            eos: 2,
-        }
+        Self { model_type: 1, whitespace_as_suffix: false, bos: 1, eos: 2 }
     }
 }
 
@@ -151,11 +129,7 @@ impl<'a> Normalizer<'a> {
 }
 
 fn read_piece(bytes: &[u8], id: usize) -> Result<Piece, ModelError> {
-    let mut piece = Piece {
-        text: String::new(),
-        score: 0.0,
-        kind: Kind::Normal,
-    };
+    let mut piece = Piece { text: String::new(), score: 0.0, kind: Kind::Normal };
     let mut fields = Fields::new(bytes, "piece");
     while let Some((number, value)) = fields.next()? {
         match (number, value) {
@@ -234,14 +208,9 @@ impl<'a> Fields<'a> {
     }
 
     fn take(&mut self, count: u64) -> Result<&'a [u8], ModelError> {
-        let split = usize::try_from(count)
-            .ok()
-            .and_then(|n| self.rest.split_at_checked(n));
+        let split = usize::try_from(count).ok().and_then(|n| self.rest.split_at_checked(n));
         let Some((head, tail)) = split else {
-            let what = format!(
-                "a field of {count} bytes where {} are left",
-                self.rest.len()
-            );
+            let what = format!("a field of {count} bytes where {} are left", self.rest.len());
             return Err(self.broken(&what));
         };
         self.rest = tail;
@@ -249,10 +218,7 @@ impl<'a> Fields<'a> {
     }
 
     fn broken(&self, what: &str) -> ModelError {
-        refused(&format!(
-            "{what} in `{}`: the file is damaged or of another format",
-            self.what
-        ))
+        refused(&format!("{what} in `{}`: the file is damaged or of another format", self.what))
     }
 }
 
@@ -268,19 +234,14 @@ mod tests {
     fn model(model_type: u8) -> Vec<u8> {
         let unknown = [message(1, b"<unk>"), vec![3 << 3, 2]].concat();
         let trainer = [3 << 3, model_type];
-        [
-            message(1, &unknown),
-            message(1, &message(1, b"a")),
-            message(2, &trainer),
-        ]
-        .concat()
+        [message(1, &unknown), message(1, &message(1, b"a")), message(2, &trainer)].concat()
     }
 
     #[test]
     fn word_and_char_models_are_refused_by_name() {
         assert!(read(&model(1)).is_ok() && read(&model(2)).is_ok());
         for (number, name) in [(3, "`word`"), (4, "`char`"), (9, "model type 9")] {
-            let error = read(&model(number)).err().expect("refused").to_string();
+            let error = read(&model(number)).expect_err("refused").to_string();
             assert!(error.contains(name), "{error}");
         }
     }
@@ -297,9 +258,6 @@ mod tests {
             }
         }
         assert!(read(&[]).is_err(), "no pieces");
-        assert!(
-            read(&[0x0a, 0xff, 0xff, 0xff, 0xff, 0x0f]).is_err(),
-            "piece of 4 GB"
-        );
+        assert!(read(&[0x0a, 0xff, 0xff, 0xff, 0xff, 0x0f]).is_err(), "piece of 4 GB");
     }
 }

@@ -27,9 +27,7 @@ pub(super) enum Kind {
 impl Kind {
     pub(super) fn from_number(number: i64) -> Option<Self> {
         use Kind::*;
-        [Normal, Unknown, Control, UserDefined, Unused, Byte]
-            .into_iter()
-            .find(|&kind| kind as i64 == number)
+        [Normal, Unknown, Control, UserDefined, Unused, Byte].into_iter().find(|&kind| kind as i64 == number)
     }
 }
 
@@ -102,10 +100,7 @@ impl Spm {
         for (id, piece) in pieces.iter().enumerate() {
             let id = id as u32; // Callers read at most 2^32 pieces.
             if !piece.score.is_finite() {
-                let what = format!(
-                    "piece {id} (`{}`) has the score {}",
-                    piece.text, piece.score
-                );
+                let what = format!("piece {id} (`{}`) has the score {}", piece.text, piece.score);
                 return Err(ModelError::Tokenizer { what });
             }
             names.entry(piece.text.clone()).or_insert(id);
@@ -143,13 +138,10 @@ impl Spm {
             (min_score, max_score) = (0.0, 0.0); // No normal piece at all.
         }
         let complete: Option<Vec<u32>> = bytes.into_iter().collect();
-        let bytes =
-            complete.and_then(|all| Box::<[u32; 256]>::try_from(all.into_boxed_slice()).ok());
+        let bytes = complete.and_then(|all| Box::<[u32; 256]>::try_from(all.into_boxed_slice()).ok());
         if bytes.is_none() && rules.unknown.is_none() {
             let what = "the vocabulary has neither all 256 byte pieces nor an unknown piece";
-            return Err(ModelError::Tokenizer {
-                what: what.to_owned(),
-            });
+            return Err(ModelError::Tokenizer { what: what.to_owned() });
         }
         let longest_first = |id: &u32| std::cmp::Reverse(pieces[*id as usize].text.len());
         cuts.sort_by_key(longest_first);
@@ -280,12 +272,7 @@ impl Spm {
             let piece = &self.pieces[id as usize].text;
             return (piece.len(), piece, true);
         }
-        if let Some((used, piece)) = self
-            .rules
-            .charsmap
-            .as_ref()
-            .and_then(|map| map.longest(text))
-        {
+        if let Some((used, piece)) = self.rules.charsmap.as_ref().and_then(|map| map.longest(text)) {
             return (used, piece, false);
         }
         let used = next_char(text);
@@ -315,10 +302,7 @@ impl Spm {
         for index in 1..symbols.len() {
             self.propose(text, &symbols, index - 1, &mut queue, &mut made_of);
         }
-        while let Some(Candidate {
-            left, start, end, ..
-        }) = queue.pop()
-        {
+        while let Some(Candidate { left, start, end, .. }) = queue.pop() {
             let first = symbols[left];
             let Some(right) = first.next else { continue };
             let second = symbols[right];
@@ -371,12 +355,7 @@ impl Spm {
         if piece.kind == Kind::Unused {
             made_of.insert(&text[start..end], first.end - first.start);
         }
-        queue.push(Candidate {
-            score: piece.score,
-            left,
-            start,
-            end,
-        });
+        queue.push(Candidate { score: piece.score, left, start, end });
     }
 
     /// Unused pieces help merging but are never produced: they fall apart into what made them.
@@ -391,10 +370,7 @@ impl Spm {
         let mut stack = vec![(start, end)];
         while let Some((start, end)) = stack.pop() {
             let piece = &text[start..end];
-            let unused = self
-                .ids
-                .get(piece)
-                .is_some_and(|&id| self.pieces[id as usize].kind == Kind::Unused);
+            let unused = self.ids.get(piece).is_some_and(|&id| self.pieces[id as usize].kind == Kind::Unused);
             match made_of.get(piece) {
                 Some(&left) if unused => stack.extend([(start + left, end), (start, start + left)]),
                 _ => spans.push((start, end)),
@@ -429,11 +405,7 @@ impl Spm {
                 offer(&mut best[end], so_far + score, at);
             }
             if !covered {
-                offer(
-                    &mut best[at + one],
-                    so_far + self.min_score - UNKNOWN_PENALTY,
-                    at,
-                );
+                offer(&mut best[at + one], so_far + self.min_score - UNKNOWN_PENALTY, at);
             }
             at += one;
         }
@@ -463,9 +435,7 @@ fn next_char(text: &str) -> usize {
 /// The byte of a piece spelled `<0xXX>`.
 pub(super) fn parse_byte_piece(text: &str) -> Option<u8> {
     let hex = text.strip_prefix("<0x")?.strip_suffix('>')?;
-    (hex.len() == 2)
-        .then(|| u8::from_str_radix(hex, 16).ok())
-        .flatten()
+    (hex.len() == 2).then(|| u8::from_str_radix(hex, 16).ok()).flatten()
 }
 
 #[derive(Clone, Copy)]
@@ -490,10 +460,7 @@ impl Eq for Candidate {}
 
 impl Ord for Candidate {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.score
-            .total_cmp(&other.score)
-            .then(other.left.cmp(&self.left))
-            .then(other.end.cmp(&self.end))
+        self.score.total_cmp(&other.score).then(other.left.cmp(&self.left)).then(other.end.cmp(&self.end))
     }
 }
 
@@ -518,31 +485,18 @@ impl Charsmap {
     /// # Errors
     /// A size beyond the blob or replacements that are not UTF-8. A wrong trie only fails to match.
     pub(super) fn new(blob: &[u8]) -> Result<Self, ModelError> {
-        let refuse = |what: &str| ModelError::Tokenizer {
-            what: format!("precompiled_charsmap {what}"),
-        };
-        let (size, rest) = blob
-            .split_first_chunk::<4>()
-            .ok_or_else(|| refuse("is shorter than 4 bytes"))?;
+        let refuse = |what: &str| ModelError::Tokenizer { what: format!("precompiled_charsmap {what}") };
+        let (size, rest) = blob.split_first_chunk::<4>().ok_or_else(|| refuse("is shorter than 4 bytes"))?;
         let size = u32::from_le_bytes(*size) as usize;
         let (trie, text) = rest
             .split_at_checked(size)
             .filter(|_| size.is_multiple_of(4))
-            .ok_or_else(|| {
-                refuse(&format!(
-                    "declares a trie of {size} bytes, but {} follow",
-                    rest.len()
-                ))
-            })?;
+            .ok_or_else(|| refuse(&format!("declares a trie of {size} bytes, but {} follow", rest.len())))?;
         let unit = |unit: &[u8]| u32::from_le_bytes([unit[0], unit[1], unit[2], unit[3]]);
         let units = trie.chunks_exact(4).map(unit).collect();
-        let replacements = String::from_utf8(text.to_vec())
-            .map_err(|_| refuse("has replacements that are not UTF-8"))?;
-        Ok(Self {
-            blob: blob.to_vec(),
-            units,
-            replacements,
-        })
+        let replacements =
+            String::from_utf8(text.to_vec()).map_err(|_| refuse("has replacements that are not UTF-8"))?;
+        Ok(Self { blob: blob.to_vec(), units, replacements })
     }
 
     pub(super) fn blob(&self) -> &[u8] {
@@ -564,10 +518,7 @@ impl Charsmap {
             }
             node ^= offset(unit);
             if unit & 0x100 != 0 {
-                found = self
-                    .units
-                    .get(node)
-                    .map(|leaf| (at + 1, (leaf & 0x7fff_ffff) as usize));
+                found = self.units.get(node).map(|leaf| (at + 1, (leaf & 0x7fff_ffff) as usize));
             }
         }
         let (used, start) = found.filter(|&(used, _)| text.is_char_boundary(used))?;
@@ -582,19 +533,13 @@ impl Charsmap {
         // Blocks of 256 make `node ^ byte` stay inside whenever `node` does.
         len > 0
             && len.is_multiple_of(256)
-            && self
-                .units
-                .iter()
-                .enumerate()
-                .filter(|(_, unit)| **unit >> 31 == 0)
-                .all(|(at, &unit)| {
-                    let node = at ^ offset(unit);
-                    let leaf_is_sound = |leaf: &u32| {
-                        let start = (leaf & 0x7fff_ffff) as usize;
-                        self.replacements.is_char_boundary(start)
-                    };
-                    node < len
-                        && (unit & 0x100 == 0 || self.units.get(node).is_some_and(leaf_is_sound))
-                })
+            && self.units.iter().enumerate().filter(|(_, unit)| **unit >> 31 == 0).all(|(at, &unit)| {
+                let node = at ^ offset(unit);
+                let leaf_is_sound = |leaf: &u32| {
+                    let start = (leaf & 0x7fff_ffff) as usize;
+                    self.replacements.is_char_boundary(start)
+                };
+                node < len && (unit & 0x100 == 0 || self.units.get(node).is_some_and(leaf_is_sound))
+            })
     }
 }

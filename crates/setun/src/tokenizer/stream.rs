@@ -25,14 +25,7 @@ impl<'t> StreamDecoder<'t> {
     /// Starts at the beginning of a text. With `skip_special`, control tokens give no text.
     pub fn new(tokenizer: &'t Tokenizer, skip_special: bool) -> Self {
         let (bytes, ids, emitted) = Default::default();
-        Self {
-            tokenizer,
-            skip_special,
-            state: DecodeState::default(),
-            bytes,
-            ids,
-            emitted,
-        }
+        Self { tokenizer, skip_special, state: DecodeState::default(), bytes, ids, emitted }
     }
 
     /// Takes the next id and returns the text that has become certain, possibly none.
@@ -40,10 +33,7 @@ impl<'t> StreamDecoder<'t> {
     /// # Errors
     /// [`ModelError::Tokenizer`] if the tokenizer's decoder refuses.
     pub fn push(&mut self, id: u32) -> Result<String, ModelError> {
-        if self
-            .tokenizer
-            .push_bytes(id, self.skip_special, &mut self.state, &mut self.bytes)
-        {
+        if self.tokenizer.push_bytes(id, self.skip_special, &mut self.state, &mut self.bytes) {
             return Ok(lossy_prefix(&mut self.bytes));
         }
         self.ids.push(id);
@@ -68,10 +58,7 @@ impl<'t> StreamDecoder<'t> {
     pub fn finish(mut self) -> Result<String, ModelError> {
         if !self.ids.is_empty() {
             let text = self.tokenizer.decode(&self.ids, self.skip_special)?;
-            return Ok(text
-                .strip_prefix(self.emitted.as_str())
-                .unwrap_or_default()
-                .to_owned());
+            return Ok(text.strip_prefix(self.emitted.as_str()).unwrap_or_default().to_owned());
         }
         let mut text = lossy_prefix(&mut self.bytes);
         if !self.bytes.is_empty() {

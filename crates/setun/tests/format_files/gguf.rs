@@ -41,44 +41,23 @@ impl Builder {
     /// An entry; `dims` fastest first, as in the file.
     pub fn tensor(self, name: &str, dims: &[u64], type_id: u32, offset: u64) -> Self {
         let start = self.text(name).u32(dims.len() as u32);
-        dims.iter()
-            .fold(start, |b, &d| b.u64(d))
-            .u32(type_id)
-            .u64(offset)
+        dims.iter().fold(start, |b, &d| b.u64(d)).u32(type_id).u64(offset)
     }
 
     /// Padding to the alignment, then zeros for the data.
     pub fn data(mut self, alignment: usize, bytes: usize) -> Vec<u8> {
-        self.0
-            .resize(self.0.len().next_multiple_of(alignment) + bytes, 0);
+        self.0.resize(self.0.len().next_multiple_of(alignment) + bytes, 0);
         self.0
     }
 }
 
 /// A small file with every value type, a nested array, and two tensors.
 pub fn valid() -> Vec<u8> {
-    let builder = Builder::new(3, 2, 5)
-        .text("general.architecture")
-        .u32(8)
-        .text("llama");
+    let builder = Builder::new(3, 2, 5).text("general.architecture").u32(8).text("llama");
     let builder = builder.text("a.number").u32(0).u8(7);
     let builder = builder.text("a.flag").u32(7).u8(1);
-    let builder = builder
-        .text("a.words")
-        .u32(9)
-        .u32(8)
-        .u64(2)
-        .text("x")
-        .text("yz");
-    let builder = builder
-        .text("a.nest")
-        .u32(9)
-        .u32(9)
-        .u64(1)
-        .u32(4)
-        .u64(2)
-        .u32(1)
-        .u32(2);
+    let builder = builder.text("a.words").u32(9).u32(8).u64(2).text("x").text("yz");
+    let builder = builder.text("a.nest").u32(9).u32(9).u64(1).u32(4).u64(2).u32(1).u32(2);
     let builder = builder.tensor("m", &[3, 2], 0, 0).tensor("v", &[4], 1, 32);
     builder.data(32, 40)
 }
@@ -98,10 +77,7 @@ fn versions_2_and_3_are_read_with_shapes_turned_row_major() {
         assert_eq!(words.as_strings().unwrap(), ["x", "yz"]);
         let nest = metadata.array("a.nest").unwrap().unwrap();
         assert_eq!(*nest, Array::Array(vec![Array::U32(vec![1, 2])]));
-        let shapes: Vec<_> = file
-            .tensors()
-            .map(|t| (t.name.as_str(), t.shape.clone()))
-            .collect();
+        let shapes: Vec<_> = file.tensors().map(|t| (t.name.as_str(), t.shape.clone())).collect();
         assert_eq!(shapes, [("m", vec![2, 3]), ("v", vec![4])]);
         assert_eq!(file.tensor("v").unwrap().data.len(), 8);
     }
@@ -119,18 +95,11 @@ fn other_versions_and_byte_orders_are_refused_by_name() {
 fn absurd_counts_are_refused_before_anything_is_reserved_for_them() {
     for count in [u64::MAX, 1 << 62, 1 << 40, 1000] {
         assert_refused(&Builder::new(3, count, 0).0, &["tensors", "do not fit"]);
-        assert_refused(
-            &Builder::new(3, 0, count).0,
-            &["metadata keys", "do not fit"],
-        );
+        assert_refused(&Builder::new(3, 0, count).0, &["metadata keys", "do not fit"]);
         let string = Builder::new(3, 0, 1).text("k").u32(8).u64(count);
         assert_refused(&string.0, &["key `k`", "claims"]);
         for element in [0, 1, 4, 6, 7, 8, 9, 10, 12] {
-            let array = Builder::new(3, 0, 1)
-                .text("k")
-                .u32(9)
-                .u32(element)
-                .u64(count);
+            let array = Builder::new(3, 0, 1).text("k").u32(9).u32(element).u64(count);
             assert_refused(&array.0, &["key `k`", "elements"]);
         }
         let name = Builder::new(3, 0, 1).u64(count).u64(0).u64(0);
@@ -140,13 +109,7 @@ fn absurd_counts_are_refused_before_anything_is_reserved_for_them() {
 
 #[test]
 fn wrong_metadata_is_refused_naming_the_key() {
-    let double = Builder::new(3, 0, 2)
-        .text("k")
-        .u32(0)
-        .u8(1)
-        .text("k")
-        .u32(0)
-        .u8(2);
+    let double = Builder::new(3, 0, 2).text("k").u32(0).u8(1).text("k").u32(0).u8(2);
     assert_refused(&double.0, &["`k` occurs twice"]);
     let unknown = Builder::new(3, 0, 1).text("k").u32(13).u64(0);
     assert_refused(&unknown.0, &["`k`", "unknown value type 13"]);
@@ -154,44 +117,26 @@ fn wrong_metadata_is_refused_naming_the_key() {
     assert_refused(&unknown.0, &["`k`", "unknown type 77"]);
     let boolean = Builder::new(3, 0, 1).text("k").u32(7).u8(2);
     assert_refused(&boolean.0, &["`k`", "boolean of value 2"]);
-    assert_refused(
-        &Builder::new(3, 0, 1).text(b"\xff\xfe").u32(0).u8(0).0,
-        &["not UTF-8"],
-    );
-    assert_refused(
-        &Builder::new(3, 0, 1).text("k").u32(8).text(b"\xc3").0,
-        &["`k`", "not UTF-8"],
-    );
-    assert_refused(
-        &Builder::new(3, 0, 1).text("").u32(0).u8(0).u64(0).0,
-        &["is empty"],
-    );
+    assert_refused(&Builder::new(3, 0, 1).text(b"\xff\xfe").u32(0).u8(0).0, &["not UTF-8"]);
+    assert_refused(&Builder::new(3, 0, 1).text("k").u32(8).text(b"\xc3").0, &["`k`", "not UTF-8"]);
+    assert_refused(&Builder::new(3, 0, 1).text("").u32(0).u8(0).u64(0).0, &["is empty"]);
     let mut nested = Builder::new(3, 0, 1).text("k").u32(9);
     for _ in 0..50 {
         nested = nested.u32(9).u64(1);
     }
     assert_refused(&nested.0, &["`k`", "nests arrays"]);
     for alignment in [0, 3, 33, 1 << 31] {
-        let builder = Builder::new(3, 0, 1)
-            .text("general.alignment")
-            .u32(4)
-            .u32(alignment);
+        let builder = Builder::new(3, 0, 1).text("general.alignment").u32(4).u32(alignment);
         assert_refused(&builder.0, &["general.alignment", &alignment.to_string()]);
     }
-    let text = Builder::new(3, 0, 1)
-        .text("general.alignment")
-        .u32(8)
-        .text("32");
+    let text = Builder::new(3, 0, 1).text("general.alignment").u32(8).text("32");
     assert_refused(&text.0, &["general.alignment", "string"]);
 }
 
 #[test]
 fn wrong_tensors_are_refused_naming_the_tensor() {
-    let one = |dims: &[u64], type_id, offset| {
-        Builder::new(3, 1, 0)
-            .tensor("w", dims, type_id, offset)
-            .data(32, 64)
-    };
+    let one =
+        |dims: &[u64], type_id, offset| Builder::new(3, 1, 0).tensor("w", dims, type_id, offset).data(32, 64);
     assert_refused(&one(&[4, 5], 0, 0), &["`w`", "80 bytes", "64", "cut short"]);
     assert_refused(&one(&[4], 0, 64), &["`w`", "cut short"]);
     assert_refused(&one(&[4], 0, u64::MAX - 31), &["`w`", "cut short"]);
@@ -204,12 +149,7 @@ fn wrong_tensors_are_refused_naming_the_tensor() {
     assert_refused(&one(&[33], 8, 0), &["`w`", "multiple of 32"]);
     assert_refused(&one(&[128], 35, 0), &["`w`", "multiple of 256"]);
     assert_refused(&one(&[64, 2], 36, 0), &["`w`", "multiple of 128"]);
-    let two = |a, b| {
-        Builder::new(3, 2, 0)
-            .tensor("a", &[8], 0, 0)
-            .tensor(b, &[8], 0, a)
-            .data(32, 64)
-    };
+    let two = |a, b| Builder::new(3, 2, 0).tensor("a", &[8], 0, 0).tensor(b, &[8], 0, a).data(32, 64);
     assert!(open(&two(32, "b")).is_ok());
     assert_refused(&two(0, "b"), &["`a`", "`b`", "overlap"]);
     assert_refused(&two(32, "a"), &["`a` occurs twice"]);
@@ -250,19 +190,9 @@ fn a_missing_tensor_is_reported_with_its_nearest_names() {
         .tensor("blk.0.attn_q.weight", &[8], 0, 0)
         .tensor("output_norm.weight", &[8], 0, 32)
         .data(32, 64);
-    let error = open(&bytes)
-        .unwrap()
-        .tensor("blk.0.attn_k.weight")
-        .unwrap_err()
-        .to_string();
-    assert!(
-        error.contains("`blk.0.attn_k.weight` is missing"),
-        "{error}"
-    );
-    assert!(
-        error.contains("nearest are `blk.0.attn_q.weight`"),
-        "{error}"
-    );
+    let error = open(&bytes).unwrap().tensor("blk.0.attn_k.weight").unwrap_err().to_string();
+    assert!(error.contains("`blk.0.attn_k.weight` is missing"), "{error}");
+    assert!(error.contains("nearest are `blk.0.attn_q.weight`"), "{error}");
 }
 
 fn all_values() -> Metadata {
@@ -288,14 +218,8 @@ fn all_values() -> Metadata {
     put("ai32", Value::Array(Array::I32(vec![-1, 2, 3])));
     put("af32", Value::Array(Array::F32(vec![1.5])));
     put("abool", Value::Array(Array::Bool(vec![true, false])));
-    put(
-        "atext",
-        Value::Array(Array::String(vec![String::new(), "b".into()])),
-    );
-    put(
-        "aa",
-        Value::Array(Array::Array(vec![Array::I64(vec![9]), Array::F64(vec![])])),
-    );
+    put("atext", Value::Array(Array::String(vec![String::new(), "b".into()])));
+    put("aa", Value::Array(Array::Array(vec![Array::I64(vec![9]), Array::F64(vec![])])));
     put("au64", Value::Array(Array::U64(vec![1])));
     metadata
 }
@@ -313,9 +237,7 @@ fn write(path: &std::path::Path) {
     ];
     let mut writer = GgufWriter::create(path, &all_values(), specs).unwrap();
     while let Some(spec) = writer.pending() {
-        let bytes: Vec<u8> = (0..spec.encoding.byte_len(&spec.shape).unwrap())
-            .map(|i| i as u8)
-            .collect();
+        let bytes: Vec<u8> = (0..spec.encoding.byte_len(&spec.shape).unwrap()).map(|i| i as u8).collect();
         writer.tensor(&bytes).unwrap();
     }
     writer.finish().unwrap();
@@ -327,29 +249,13 @@ fn what_is_written_reads_back_and_equal_input_gives_equal_bytes() {
     let (first, second) = (folder.path().join("1.gguf"), folder.path().join("2.gguf"));
     write(&first);
     write(&second);
-    assert_eq!(
-        std::fs::read(&first).unwrap(),
-        std::fs::read(&second).unwrap()
-    );
+    assert_eq!(std::fs::read(&first).unwrap(), std::fs::read(&second).unwrap());
     let file = Checkpoint::open(&first).unwrap();
     assert_eq!(file.gguf_metadata(), Some(&all_values()));
-    let found: Vec<_> = file
-        .tensors()
-        .map(|t| (t.name.as_str(), t.shape.clone()))
-        .collect();
-    assert_eq!(
-        found,
-        [("a", vec![2, 3]), ("b", vec![1, 256]), ("c", vec![5])]
-    );
-    assert_eq!(
-        file.tensor("b").unwrap().data[..],
-        (0..54).collect::<Vec<u8>>()
-    );
-    assert_eq!(
-        std::fs::read_dir(folder.path()).unwrap().count(),
-        2,
-        "temporary files are left"
-    );
+    let found: Vec<_> = file.tensors().map(|t| (t.name.as_str(), t.shape.clone())).collect();
+    assert_eq!(found, [("a", vec![2, 3]), ("b", vec![1, 256]), ("c", vec![5])]);
+    assert_eq!(file.tensor("b").unwrap().data[..], (0..54).collect::<Vec<u8>>());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2, "temporary files are left");
 }
 
 #[test]
@@ -357,17 +263,10 @@ fn an_unfinished_writer_leaves_the_old_file_and_no_other() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
     std::fs::write(&path, "old").unwrap();
-    let spec = TensorSpec {
-        name: "a".into(),
-        shape: vec![4],
-        encoding: Encoding::F32,
-    };
+    let spec = TensorSpec { name: "a".into(), shape: vec![4], encoding: Encoding::F32 };
     let mut writer = GgufWriter::create(&path, &Metadata::new(), vec![spec]).unwrap();
     let error = writer.tensor(&[0; 15]).unwrap_err().to_string();
-    assert!(
-        error.contains("`a`") && error.contains("15") && error.contains("16"),
-        "{error}"
-    );
+    assert!(error.contains("`a`") && error.contains("15") && error.contains("16"), "{error}");
     let error = writer.finish().unwrap_err().to_string();
     assert!(error.contains("`a` was not written"), "{error}");
     assert_eq!(std::fs::read(&path).unwrap(), b"old");
@@ -379,14 +278,8 @@ fn what_gguf_cannot_hold_is_refused_before_a_file_is_made() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
     let create = |shape: &[usize], encoding| {
-        let spec = TensorSpec {
-            name: "w".into(),
-            shape: shape.to_vec(),
-            encoding,
-        };
-        GgufWriter::create(&path, &Metadata::new(), vec![spec])
-            .unwrap_err()
-            .to_string()
+        let spec = TensorSpec { name: "w".into(), shape: shape.to_vec(), encoding };
+        GgufWriter::create(&path, &Metadata::new(), vec![spec]).unwrap_err().to_string()
     };
     assert!(create(&[4], Encoding::U8).contains("U8 is no GGUF type"));
     assert!(create(&[128], Encoding::TQ2_0).contains("multiple of 256"));

@@ -17,27 +17,13 @@ fn survive(bytes: &[u8]) -> bool {
 
 /// A valid file of each kind.
 fn samples() -> [Vec<u8>; 5] {
-    [
-        gguf::valid(),
-        gguf_ternary(),
-        safetensors::valid(),
-        llama2c::legacy(false),
-        llama2c::ternary(),
-    ]
+    [gguf::valid(), gguf_ternary(), safetensors::valid(), llama2c::legacy(false), llama2c::ternary()]
 }
 
 fn gguf_ternary() -> Vec<u8> {
-    let builder = gguf::Builder::new(3, 4, 1)
-        .text("general.alignment")
-        .u32(4)
-        .u32(64);
-    let builder = builder
-        .tensor("a", &[256], 34, 0)
-        .tensor("b", &[256], 35, 64);
-    builder
-        .tensor("c", &[128, 2], 36, 192)
-        .tensor("d", &[32, 1], 8, 320)
-        .data(64, 384)
+    let builder = gguf::Builder::new(3, 4, 1).text("general.alignment").u32(4).u32(64);
+    let builder = builder.tensor("a", &[256], 34, 0).tensor("b", &[256], 35, 64);
+    builder.tensor("c", &[128, 2], 36, 192).tensor("d", &[32, 1], 8, 320).data(64, 384)
 }
 
 #[test]
@@ -48,11 +34,7 @@ fn every_sample_is_valid_and_every_truncation_of_it_is_refused() {
         let spare = bytes.len() - 64;
         for length in 0..bytes.len() {
             let opened = survive(&bytes[..length]);
-            assert!(
-                !opened || length >= spare && bytes.starts_with(b"GGUF"),
-                "{length} of {}",
-                bytes.len()
-            );
+            assert!(!opened || length >= spare && bytes.starts_with(b"GGUF"), "{length} of {}", bytes.len());
         }
     }
 }

@@ -19,9 +19,7 @@ fn open(bytes: &[u8]) -> Result<Checkpoint, ModelError> {
 
 /// The message with which bytes are refused.
 fn refusal(bytes: &[u8]) -> String {
-    let error = open(bytes)
-        .expect_err("these bytes must be refused")
-        .to_string();
+    let error = open(bytes).expect_err("these bytes must be refused").to_string();
     assert!(!error.contains('\n') && !error.ends_with('.'), "{error}");
     error
 }
@@ -36,7 +34,5 @@ fn assert_refused(bytes: &[u8], parts: &[&str]) {
 }
 
 fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../golden")
-        .join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden").join(name)
 }

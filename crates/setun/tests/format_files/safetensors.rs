@@ -23,15 +23,9 @@ pub fn valid() -> Vec<u8> {
 fn tensors_are_read_and_unread_types_listed_by_name() {
     let file = open(&valid()).unwrap();
     assert_eq!(file.kind(), CheckpointKind::Safetensors);
-    assert_eq!(
-        file.header_metadata(),
-        [("format".to_owned(), "pt".to_owned())]
-    );
+    assert_eq!(file.header_metadata(), [("format".to_owned(), "pt".to_owned())]);
     assert_eq!(file.tensor("a").unwrap().data[..], [0, 1, 2, 3, 4, 5, 6, 7]);
-    assert_eq!(
-        file.info("b").unwrap().encoding,
-        Encoding::Other("I64".into())
-    );
+    assert_eq!(file.info("b").unwrap().encoding, Encoding::Other("I64".into()));
     let error = file.tensor("b").unwrap().to_f32().unwrap_err().to_string();
     assert!(error.contains("`b`") && error.contains("I64"), "{error}");
     assert!(file.tensor("e").unwrap().to_f32().unwrap().is_empty());
@@ -56,9 +50,7 @@ fn a_wrong_header_is_refused() {
 #[test]
 fn wrong_tensors_are_refused_naming_the_tensor() {
     let one = |dtype: &str, shape: &str, from: u64, to: u64, data| {
-        let entry = format!(
-            r#"{{"w":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{from},{to}]}}}}"#
-        );
+        let entry = format!(r#"{{"w":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{from},{to}]}}}}"#);
         file(&entry, data)
     };
     assert!(open(&one("F32", "[2]", 0, 8, 8)).is_ok());
@@ -67,17 +59,11 @@ fn wrong_tensors_are_refused_naming_the_tensor() {
     assert_refused(&one("F32", "[2]", 0, u64::MAX, 8), &["`w`"]);
     assert_refused(&one("F32", "[3]", 0, 8, 8), &["`w`", "[3]", "8 bytes"]);
     assert_refused(&one("I64", "[3]", 0, 8, 8), &["`w`", "[3]", "8 bytes"]);
-    assert_refused(
-        &one("F32", "[4294967296,4294967296]", 0, 8, 8),
-        &["`w`", "absurd"],
-    );
+    assert_refused(&one("F32", "[4294967296,4294967296]", 0, 8, 8), &["`w`", "absurd"]);
     assert_refused(&one("F32", "[9223372036854775807]", 0, 8, 8), &["`w`"]);
     assert_refused(&one("F32", "[-1]", 0, 8, 8), &["`w`"]);
     assert_refused(&one("F32", "[1]", 4, 8, 8), &["`w`", "hole"]);
-    assert_refused(
-        &one("F32", "[2]", 0, 8, 9),
-        &["1 bytes after tensor `w` belong to no tensor"],
-    );
+    assert_refused(&one("F32", "[2]", 0, 8, 9), &["1 bytes after tensor `w` belong to no tensor"]);
     let two = r#"{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}}"#;
     assert_refused(&file(two, 6), &["`b`", "overlaps tensor `a`"]);
     let double = r#"{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}}"#;
@@ -88,11 +74,7 @@ fn write(path: &Path, names: &[&str]) {
     let specs = names.iter().map(|n| TensorSpec {
         name: (*n).into(),
         shape: vec![2, 2],
-        encoding: if n.starts_with('u') {
-            Encoding::U8
-        } else {
-            Encoding::F32
-        },
+        encoding: if n.starts_with('u') { Encoding::U8 } else { Encoding::F32 },
     });
     let mut writer = SafetensorsWriter::create(path, &[], specs.collect()).unwrap();
     while let Some(spec) = writer.pending() {
@@ -110,27 +92,15 @@ fn what_is_written_reads_back_here_and_by_the_format_s_own_crate() {
     let opened = Checkpoint::open(folder.path()).unwrap();
     assert_eq!(opened.folder(), Some(folder.path()));
     // Wider types come first, so that both stay aligned.
-    assert_eq!(
-        opened
-            .tensors()
-            .map(|t| t.name.as_str())
-            .collect::<Vec<_>>(),
-        ["fff", "uu"]
-    );
+    assert_eq!(opened.tensors().map(|t| t.name.as_str()).collect::<Vec<_>>(), ["fff", "uu"]);
     assert_eq!(opened.tensor("fff").unwrap().data[..], [3; 16]);
     let bytes = std::fs::read(&path).unwrap();
     let theirs = ::safetensors::SafeTensors::deserialize(&bytes).unwrap();
     assert_eq!(theirs.tensor("uu").unwrap().data(), [2; 4]);
     let (_, header) = ::safetensors::SafeTensors::read_metadata(&bytes).unwrap();
     assert_eq!(header.metadata().as_ref().unwrap()["format"], "pt");
-    let spec = TensorSpec {
-        name: "t".into(),
-        shape: vec![256],
-        encoding: Encoding::TQ2_0,
-    };
-    let error = SafetensorsWriter::create(&path, &[], vec![spec])
-        .unwrap_err()
-        .to_string();
+    let spec = TensorSpec { name: "t".into(), shape: vec![256], encoding: Encoding::TQ2_0 };
+    let error = SafetensorsWriter::create(&path, &[], vec![spec]).unwrap_err().to_string();
     assert!(error.contains("`t`") && error.contains("TQ2_0"), "{error}");
 }
 
@@ -145,32 +115,14 @@ fn shards_are_joined_by_their_index_and_hostile_indexes_refused() {
         Checkpoint::open(folder.path()).map_err(|e| e.to_string())
     };
     let good = open(r#"{"a":"one.safetensors","bb":"two.safetensors"}"#).unwrap();
-    assert_eq!(
-        good.tensors().map(|t| t.name.as_str()).collect::<Vec<_>>(),
-        ["a", "bb"]
-    );
+    assert_eq!(good.tensors().map(|t| t.name.as_str()).collect::<Vec<_>>(), ["a", "bb"]);
     assert_eq!(good.tensor("bb").unwrap().data[..], [2; 16]);
-    for hostile in [
-        "../one.safetensors",
-        "/etc/passwd",
-        "a/b",
-        "..",
-        "",
-        "a\\\\b",
-        "C:x",
-        ".",
-    ] {
+    for hostile in ["../one.safetensors", "/etc/passwd", "a/b", "..", "", "a\\\\b", "C:x", "."] {
         let error = open(&format!(r#"{{"a":"{hostile}"}}"#)).unwrap_err();
-        assert!(
-            error.contains("not a plain file name"),
-            "{hostile}: {error}"
-        );
+        assert!(error.contains("not a plain file name"), "{hostile}: {error}");
     }
     let error = open(r#"{"a":"two.safetensors"}"#).unwrap_err();
-    assert!(
-        error.contains("`a`") && error.contains("two.safetensors"),
-        "{error}"
-    );
+    assert!(error.contains("`a`") && error.contains("two.safetensors"), "{error}");
     let error = open(r#"{"a":"gone.safetensors"}"#).unwrap_err();
     assert!(error.contains("gone.safetensors"), "{error}");
     let error = open(r#"{"a":"one.safetensors","a":"two.safetensors"}"#).unwrap_err();
@@ -185,22 +137,13 @@ fn a_folder_without_one_clear_model_and_a_bad_config_are_refused() {
     write(&folder.path().join("x.safetensors"), &["a"]);
     assert_eq!(open().unwrap().config_json().unwrap(), None);
     std::fs::write(folder.path().join("config.json"), r#"{"hidden_size": 4}"#).unwrap();
-    assert_eq!(
-        open().unwrap().config_json().unwrap().unwrap()["hidden_size"],
-        4
-    );
+    assert_eq!(open().unwrap().config_json().unwrap().unwrap()["hidden_size"], 4);
     std::fs::write(folder.path().join("config.json"), "{").unwrap();
     let error = open().unwrap().config_json().unwrap_err().to_string();
-    assert!(
-        error.contains("config.json") && error.contains("not valid JSON"),
-        "{error}"
-    );
+    assert!(error.contains("config.json") && error.contains("not valid JSON"), "{error}");
     write(&folder.path().join("y.safetensors"), &["a"]);
     let error = open().unwrap_err().to_string();
-    assert!(
-        error.contains("2 models") && error.contains("x.safetensors"),
-        "{error}"
-    );
+    assert!(error.contains("2 models") && error.contains("x.safetensors"), "{error}");
 }
 
 #[test]
@@ -213,11 +156,6 @@ fn a_tensor_reads_the_same_after_its_pages_were_released() {
     file.release(file.info("long name").unwrap());
     assert_eq!(file.tensor("long name").unwrap().data[..], before);
     assert_eq!(before, [9; 16]);
-    let error = Checkpoint::open(folder.path().join("gone"))
-        .unwrap_err()
-        .to_string();
-    assert!(
-        error.contains("cannot read") && error.contains("gone"),
-        "{error}"
-    );
+    let error = Checkpoint::open(folder.path().join("gone")).unwrap_err().to_string();
+    assert!(error.contains("cannot read") && error.contains("gone"), "{error}");
 }

@@ -6,9 +6,7 @@ use setun::format::{Checkpoint, Encoding, Llama2cKind, ScaleConvention, hf_packe
 
 /// A folder beside the repository, or `None`, said aloud.
 fn shared(name: &str) -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../../shared")
-        .join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared").join(name);
     if path.exists() {
         return Some(path);
     }
@@ -17,10 +15,7 @@ fn shared(name: &str) -> Option<PathBuf> {
 }
 
 fn files(folder: &Path) -> Vec<PathBuf> {
-    let mut paths: Vec<_> = std::fs::read_dir(folder)
-        .unwrap()
-        .map(|e| e.unwrap().path())
-        .collect();
+    let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
     paths.sort();
     paths
 }
@@ -48,12 +43,7 @@ fn collected_malformed_files_are_survived() {
     let unpacked = tempfile::tempdir().unwrap();
     for archive in files(&folder) {
         let mut tar = std::process::Command::new("tar");
-        let done = tar
-            .arg("xf")
-            .arg(&archive)
-            .arg("-C")
-            .arg(unpacked.path())
-            .status();
+        let done = tar.arg("xf").arg(&archive).arg("-C").arg(unpacked.path()).status();
         if !done.is_ok_and(|status| status.success()) {
             eprintln!("skipped: cannot unpack {}", archive.display());
             return;
@@ -86,9 +76,7 @@ fn gguf_twins_hold_the_ternary_weights_of_their_packed_checkpoints() {
         };
         let packed = Checkpoint::open(&folder).unwrap();
         let twins = shared(&format!("golden/{name}-gguf")).unwrap();
-        let twins = files(&twins)
-            .into_iter()
-            .filter(|p| p.extension().is_some_and(|e| e == "gguf"));
+        let twins = files(&twins).into_iter().filter(|p| p.extension().is_some_and(|e| e == "gguf"));
         for twin in twins {
             let gguf = Checkpoint::open(&twin).unwrap();
             for (theirs, ours) in [
@@ -101,36 +89,19 @@ fn gguf_twins_hold_the_ternary_weights_of_their_packed_checkpoints() {
                     continue; // Its rows are reordered there; `weights` undoes that.
                 }
                 let tensor = gguf.tensor(&format!("blk.1.{theirs}.weight")).unwrap();
-                assert!(
-                    tensor.info.encoding.is_ternary(),
-                    "{}",
-                    tensor.info.encoding
-                );
+                assert!(tensor.info.encoding.is_ternary(), "{}", tensor.info.encoding);
                 let [out, cols] = tensor.shape().try_into().unwrap();
-                let weight = packed
-                    .tensor(&format!("model.layers.1.{ours}.weight"))
-                    .unwrap();
+                let weight = packed.tensor(&format!("model.layers.1.{ours}.weight")).unwrap();
                 assert_eq!(weight.info.encoding, Encoding::U8);
-                let scale = packed
-                    .tensor(&format!("model.layers.1.{ours}.weight_scale"))
-                    .unwrap();
-                let expected =
-                    hf_packed_to_ternary(&weight, &scale, convention, out, cols).unwrap();
+                let scale = packed.tensor(&format!("model.layers.1.{ours}.weight_scale")).unwrap();
+                let expected = hf_packed_to_ternary(&weight, &scale, convention, out, cols).unwrap();
                 let found = tensor.to_ternary().unwrap();
-                assert!(
-                    found.codes() == expected.codes(),
-                    "{} {theirs}",
-                    twin.display()
-                );
+                assert!(found.codes() == expected.codes(), "{} {theirs}", twin.display());
                 let mut rows = (vec![0.0; cols], vec![0.0; cols]);
                 found.dequantize_row(0, &mut rows.0);
                 expected.dequantize_row(0, &mut rows.1);
                 for (a, b) in rows.0.iter().zip(&rows.1) {
-                    assert!(
-                        (a - b).abs() <= 5e-3 * b.abs(),
-                        "{} {theirs}: {a} and {b}",
-                        twin.display()
-                    );
+                    assert!((a - b).abs() <= 5e-3 * b.abs(), "{} {theirs}: {a} and {b}", twin.display());
                 }
             }
         }
@@ -144,16 +115,10 @@ fn published_llama2c_checkpoints_open() {
     };
     let float = Checkpoint::open(folder.join("stories260K/stories260K.bin")).unwrap();
     let facts = float.llama2c().unwrap();
-    assert_eq!(
-        (facts.kind, facts.dim, facts.layers),
-        (Llama2cKind::Float, 64, 5)
-    );
+    assert_eq!((facts.kind, facts.dim, facts.layers), (Llama2cKind::Float, 64, 5));
     let ternary = Checkpoint::open(folder.join("bitllama2/bit_model_3M.bin")).unwrap();
     let facts = ternary.llama2c().unwrap();
-    assert_eq!(
-        (facts.kind, facts.dim, facts.layers, facts.tied),
-        (Llama2cKind::Ternary, 256, 8, true)
-    );
+    assert_eq!((facts.kind, facts.dim, facts.layers, facts.tied), (Llama2cKind::Ternary, 256, 8, true));
     for info in ternary.tensors() {
         let tensor = ternary.tensor(&info.name).unwrap();
         if info.encoding == Encoding::Trit2 {

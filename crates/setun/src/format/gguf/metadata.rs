@@ -80,29 +80,17 @@ impl Value {
 
     /// A string.
     pub fn as_str(&self) -> Option<&str> {
-        if let Self::String(v) = self {
-            Some(v)
-        } else {
-            None
-        }
+        if let Self::String(v) = self { Some(v) } else { None }
     }
 
     /// A boolean.
     pub fn as_bool(&self) -> Option<bool> {
-        if let Self::Bool(v) = self {
-            Some(*v)
-        } else {
-            None
-        }
+        if let Self::Bool(v) = self { Some(*v) } else { None }
     }
 
     /// An array.
     pub fn as_array(&self) -> Option<&Array> {
-        if let Self::Array(v) = self {
-            Some(v)
-        } else {
-            None
-        }
+        if let Self::Array(v) = self { Some(v) } else { None }
     }
 
     /// The type in words, for messages.
@@ -152,11 +140,7 @@ impl Array {
 
     /// The elements of a string array.
     pub fn as_strings(&self) -> Option<&[String]> {
-        if let Self::String(v) = self {
-            Some(v)
-        } else {
-            None
-        }
+        if let Self::String(v) = self { Some(v) } else { None }
     }
 
     /// The elements of an integer array of any width, if every value fits.
@@ -178,11 +162,7 @@ impl Array {
     pub fn to_u64s(&self) -> Option<Vec<u64>> {
         match self {
             Self::U64(v) => Some(v.clone()),
-            _ => self
-                .to_i64s()?
-                .into_iter()
-                .map(|x| u64::try_from(x).ok())
-                .collect(),
+            _ => self.to_i64s()?.into_iter().map(|x| u64::try_from(x).ok()).collect(),
         }
     }
 
@@ -197,11 +177,7 @@ impl Array {
 
     /// The elements of a boolean array.
     pub fn as_bools(&self) -> Option<&[bool]> {
-        if let Self::Bool(v) = self {
-            Some(v)
-        } else {
-            None
-        }
+        if let Self::Bool(v) = self { Some(v) } else { None }
     }
 }
 
@@ -252,9 +228,7 @@ impl Metadata {
 
     /// Keys and values in file order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
-        self.entries
-            .iter()
-            .map(|(key, value)| (key.as_str(), value))
+        self.entries.iter().map(|(key, value)| (key.as_str(), value))
     }
 
     /// An integer of any width, `None` if the key is absent.
@@ -312,10 +286,7 @@ impl Metadata {
                 None => format!("of type {}", value.type_name()),
             };
             let what = format!("is {found}, but {expected} is expected");
-            ModelError::Metadata {
-                key: key.to_owned(),
-                what,
-            }
+            ModelError::Metadata { key: key.to_owned(), what }
         })
     }
 }
@@ -325,10 +296,7 @@ impl Metadata {
 /// # Errors
 /// [`ModelError::Metadata`] if `value` is `None`.
 pub fn required<T>(key: &str, value: Option<T>) -> Result<T, ModelError> {
-    value.ok_or_else(|| ModelError::Metadata {
-        key: key.to_owned(),
-        what: "is missing".into(),
-    })
+    value.ok_or_else(|| ModelError::Metadata { key: key.to_owned(), what: "is missing".into() })
 }
 
 #[cfg(test)]
@@ -337,19 +305,9 @@ mod tests {
 
     #[test]
     fn integers_are_read_in_any_width_that_holds_them() {
-        let cases = [
-            Value::U8(7),
-            Value::I16(7),
-            Value::I32(7),
-            Value::U64(7),
-            Value::I64(7),
-        ];
+        let cases = [Value::U8(7), Value::I16(7), Value::I32(7), Value::U64(7), Value::I64(7)];
         for value in cases {
-            assert_eq!(
-                (value.as_u64(), value.as_i64()),
-                (Some(7), Some(7)),
-                "{value:?}"
-            );
+            assert_eq!((value.as_u64(), value.as_i64()), (Some(7), Some(7)), "{value:?}");
         }
         assert_eq!(Value::I8(-1).as_u64(), None);
         assert_eq!(Value::U64(u64::MAX).as_i64(), None);
@@ -368,10 +326,7 @@ mod tests {
             error,
             "metadata key `llama.block_count` is of type string, but a non-negative integer is expected"
         );
-        let error = metadata
-            .u64("llama.context_length")
-            .unwrap_err()
-            .to_string();
+        let error = metadata.u64("llama.context_length").unwrap_err().to_string();
         assert!(error.contains("is -4"), "{error}");
         assert_eq!(metadata.u64("absent").unwrap(), None);
     }
@@ -383,9 +338,6 @@ mod tests {
         metadata.insert("b", Value::U8(2));
         assert_eq!(metadata.insert("a", Value::U8(3)), Some(Value::U8(1)));
         let keys: Vec<_> = metadata.iter().map(|(k, _)| k).collect();
-        assert_eq!(
-            (keys, metadata.get("a")),
-            (vec!["a", "b"], Some(&Value::U8(3)))
-        );
+        assert_eq!((keys, metadata.get("a")), (vec!["a", "b"], Some(&Value::U8(3))));
     }
 }

@@ -47,10 +47,7 @@ pub(crate) fn read(path: &Path, bytes: &[u8]) -> Result<Header, ModelError> {
     match version {
         2 | 3 => {}
         1 => {
-            return Err(ModelError::unsupported(
-                path,
-                "GGUF version 1 is not read: convert it to version 3",
-            ));
+            return Err(ModelError::unsupported(path, "GGUF version 1 is not read: convert it to version 3"));
         }
         v if (1..=0xffff).contains(&v.swap_bytes()) => {
             let what = "big-endian GGUF is not read: convert it to little-endian";
@@ -95,8 +92,7 @@ fn alignment(cursor: &Cursor<'_>, metadata: &Metadata) -> Result<usize, ModelErr
         Some(a) if a.is_power_of_two() && a <= MAX_ALIGNMENT => Ok(a as usize),
         found => {
             let found = found.map_or_else(|| format!("a {}", value.type_name()), |a| a.to_string());
-            let what =
-                format!("general.alignment is {found}, not a power of two up to {MAX_ALIGNMENT}");
+            let what = format!("general.alignment is {found}, not a power of two up to {MAX_ALIGNMENT}");
             Err(cursor.broken(&what))
         }
     }
@@ -148,9 +144,7 @@ fn place(
             return Err(cursor.broken(&what));
         }
         // Type 36 once named a 4.5-bit type upstream: only its size tells the two apart.
-        if a.type_id == 36
-            && next - start >= bytes.next_multiple_of(alignment as u64) + alignment as u64
-        {
+        if a.type_id == 36 && next - start >= bytes.next_multiple_of(alignment as u64) + alignment as u64 {
             let what = format!(
                 "tensor `{}` of type 36 takes {} bytes, but I2_S takes {bytes}: it is another type \
                  of that number, which is not read",
@@ -165,17 +159,14 @@ fn place(
         let start = data_start + offset as usize; // Both fit: checked against the file's length.
         ranges[index] = start..start + bytes as usize;
     }
-    let infos = entries
-        .into_iter()
-        .zip(ranges)
-        .map(|(entry, range)| TensorInfo {
-            name: entry.name,
-            shape: entry.shape,
-            encoding: types::encoding(entry.type_id),
-            file: 0,
-            range,
-            rewrite: Rewrite::None,
-        });
+    let infos = entries.into_iter().zip(ranges).map(|(entry, range)| TensorInfo {
+        name: entry.name,
+        shape: entry.shape,
+        encoding: types::encoding(entry.type_id),
+        file: 0,
+        range,
+        rewrite: Rewrite::None,
+    });
     Ok(infos.collect())
 }
 
@@ -184,12 +175,7 @@ fn stored_len(cursor: &Cursor<'_>, entry: &Entry) -> Result<u64, ModelError> {
     let name = &entry.name;
     let count = element_count(&entry.shape)
         .filter(|&n| i64::try_from(n).is_ok())
-        .ok_or_else(|| {
-            cursor.broken(&format!(
-                "tensor `{name}` has absurd shape {:?}",
-                entry.shape
-            ))
-        })?;
+        .ok_or_else(|| cursor.broken(&format!("tensor `{name}` has absurd shape {:?}", entry.shape)))?;
     let encoding = types::encoding(entry.type_id);
     let block = match types::block(entry.type_id) {
         Some((elements, _)) => elements,
@@ -199,9 +185,8 @@ fn stored_len(cursor: &Cursor<'_>, entry: &Entry) -> Result<u64, ModelError> {
     };
     let row = entry.shape.last().copied().unwrap_or(1);
     if !row.is_multiple_of(block) {
-        let what = format!(
-            "tensor `{name}` has rows of {row} elements, but {encoding} needs a multiple of {block}"
-        );
+        let what =
+            format!("tensor `{name}` has rows of {row} elements, but {encoding} needs a multiple of {block}");
         return Err(cursor.broken(&what));
     }
     let bytes = match types::block(entry.type_id) {
@@ -209,12 +194,7 @@ fn stored_len(cursor: &Cursor<'_>, entry: &Entry) -> Result<u64, ModelError> {
         None => encoding.byte_len(&entry.shape),
     };
     let bytes = bytes.and_then(|b| u64::try_from(b).ok());
-    bytes.ok_or_else(|| {
-        cursor.broken(&format!(
-            "tensor `{name}` has absurd shape {:?}",
-            entry.shape
-        ))
-    })
+    bytes.ok_or_else(|| cursor.broken(&format!("tensor `{name}` has absurd shape {:?}", entry.shape)))
 }
 
 /// A place in the file. Every read says what it wanted, for the message about a short file.
@@ -248,10 +228,7 @@ impl<'a> Cursor<'a> {
     }
 
     fn array<const N: usize>(&mut self, what: &str) -> Result<[u8; N], ModelError> {
-        Ok(self
-            .take(N, what)?
-            .try_into()
-            .expect("`take` returns the length asked for"))
+        Ok(self.take(N, what)?.try_into().expect("`take` returns the length asked for"))
     }
 
     fn u32(&mut self, what: &str) -> Result<u32, ModelError> {
@@ -267,10 +244,7 @@ impl<'a> Cursor<'a> {
         let at = self.at;
         let count = self.u64(&format!("the number of {things}"))?;
         if count > (self.bytes.len() / smallest) as u64 {
-            let message = format!(
-                "{count} {things} (at byte {at}) do not fit in {} bytes",
-                self.bytes.len()
-            );
+            let message = format!("{count} {things} (at byte {at}) do not fit in {} bytes", self.bytes.len());
             return Err(self.broken(&message));
         }
         Ok(count as usize)
@@ -280,15 +254,13 @@ impl<'a> Cursor<'a> {
         let at = self.at;
         let length = self.u64(what)?;
         if length > limit || length > self.left() as u64 {
-            let message = format!(
-                "{what} at byte {at} claims {length} bytes, more than are there or allowed"
-            );
+            let message =
+                format!("{what} at byte {at} claims {length} bytes, more than are there or allowed");
             return Err(self.broken(&message));
         }
         let bytes = self.take(length as usize, what)?;
         let text = std::str::from_utf8(bytes);
-        text.map(str::to_owned)
-            .map_err(|_| self.broken(&format!("{what} at byte {at} is not UTF-8")))
+        text.map(str::to_owned).map_err(|_| self.broken(&format!("{what} at byte {at} is not UTF-8")))
     }
 
     fn name(&mut self, what: &str) -> Result<String, ModelError> {
@@ -325,9 +297,7 @@ impl<'a> Cursor<'a> {
             11 => Value::I64(i64::from_le_bytes(self.array(what)?)),
             12 => Value::F64(f64::from_le_bytes(self.array(what)?)),
             other => {
-                return Err(self.broken(&format!(
-                    "metadata key `{key}` has unknown value type {other}"
-                )));
+                return Err(self.broken(&format!("metadata key `{key}` has unknown value type {other}")));
             }
         })
     }
@@ -349,10 +319,7 @@ impl<'a> Cursor<'a> {
             }
         };
         if length > (self.left() / smallest) as u64 {
-            let message = format!(
-                "{what} claims {length} elements, but only {} bytes are left",
-                self.left()
-            );
+            let message = format!("{what} claims {length} elements, but only {} bytes are left", self.left());
             return Err(self.broken(&message));
         }
         let n = length as usize; // Fits: at most the bytes left.
@@ -365,11 +332,7 @@ impl<'a> Cursor<'a> {
             5 => Array::I32(self.numbers(n, what, i32::from_le_bytes)?),
             6 => Array::F32(self.numbers(n, what, f32::from_le_bytes)?),
             7 => Array::Bool((0..n).map(|_| self.bool(what)).collect::<Result<_, _>>()?),
-            8 => Array::String(
-                (0..n)
-                    .map(|_| self.string(u64::MAX, what))
-                    .collect::<Result<_, _>>()?,
-            ),
+            8 => Array::String((0..n).map(|_| self.string(u64::MAX, what)).collect::<Result<_, _>>()?),
             9 => {
                 let inner = (0..n).map(|_| self.elements(what, depth + 1));
                 Array::Array(inner.collect::<Result<_, _>>()?)
@@ -409,11 +372,6 @@ impl<'a> Cursor<'a> {
         shape.reverse();
         let type_id = self.u32(what)?;
         let offset = self.u64(what)?;
-        Ok(Entry {
-            name,
-            shape,
-            type_id,
-            offset,
-        })
+        Ok(Entry { name, shape, type_id, offset })
     }
 }

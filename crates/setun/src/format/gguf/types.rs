@@ -112,11 +112,7 @@ mod tests {
             if let Some(id) = id(&encoding) {
                 assert_eq!(id, number);
                 if let Some((elements, bytes)) = block(id) {
-                    assert_eq!(
-                        encoding.byte_len(&[3, elements * 2]),
-                        Some(6 * bytes),
-                        "{number}"
-                    );
+                    assert_eq!(encoding.byte_len(&[3, elements * 2]), Some(6 * bytes), "{number}");
                 }
             }
         }

@@ -29,18 +29,12 @@ impl GgufWriter {
     /// [`ModelError::CannotEncode`] for an encoding that GGUF lacks or rows that are not whole
     /// blocks, [`ModelError::Format`] for duplicate names, more than four dimensions or a bad
     /// `general.alignment`, [`ModelError::Write`] if the file cannot be created.
-    pub fn create(
-        path: &Path,
-        metadata: &Metadata,
-        specs: Vec<TensorSpec>,
-    ) -> Result<Self, ModelError> {
+    pub fn create(path: &Path, metadata: &Metadata, specs: Vec<TensorSpec>) -> Result<Self, ModelError> {
         let alignment = match metadata.u64("general.alignment")? {
             None => DEFAULT_ALIGNMENT,
             Some(a) if a.is_power_of_two() && a <= 1 << 20 => a as usize,
             Some(a) => {
-                let what = format!(
-                    "cannot be written with general.alignment {a}, which is no power of two"
-                );
+                let what = format!("cannot be written with general.alignment {a}, which is no power of two");
                 return Err(ModelError::format(path, what));
             }
         };
@@ -98,13 +92,7 @@ impl GgufWriter {
         let mut output = Output::create(path)?;
         output.write(&header)?;
         output.pad(header.len().next_multiple_of(alignment) - header.len())?;
-        Ok(Self {
-            output,
-            specs,
-            lengths,
-            next: 0,
-            alignment,
-        })
+        Ok(Self { output, specs, lengths, next: 0, alignment })
     }
 
     /// The tensor whose bytes are to be written next.
@@ -119,22 +107,15 @@ impl GgufWriter {
     /// refuses, [`ModelError::Format`] if all tensors are written already.
     pub fn tensor(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
         let Some(spec) = self.specs.get(self.next) else {
-            return Err(ModelError::format(
-                self.output.path(),
-                "all tensors are already written",
-            ));
+            return Err(ModelError::format(self.output.path(), "all tensors are already written"));
         };
         let expected = self.lengths[self.next];
         if bytes.len() != expected {
-            let what = format!(
-                "{} bytes to write, but its header entry says {expected}",
-                bytes.len()
-            );
+            let what = format!("{} bytes to write, but its header entry says {expected}", bytes.len());
             return Err(ModelError::tensor(&spec.name, what));
         }
         self.output.write(bytes)?;
-        self.output
-            .pad(expected.next_multiple_of(self.alignment) - expected)?;
+        self.output.pad(expected.next_multiple_of(self.alignment) - expected)?;
         self.next += 1;
         Ok(())
     }
@@ -219,35 +200,17 @@ fn put_array(out: &mut Vec<u8>, array: &Array) {
     put_u64(out, array.len());
     match array {
         Array::U8(v) => out.extend_from_slice(v),
-        Array::I8(v) => v
-            .iter()
-            .for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
-        Array::U16(v) => v
-            .iter()
-            .for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
-        Array::I16(v) => v
-            .iter()
-            .for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
-        Array::U32(v) => v
-            .iter()
-            .for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
-        Array::I32(v) => v
-            .iter()
-            .for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
-        Array::F32(v) => v
-            .iter()
-            .for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
+        Array::I8(v) => v.iter().for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
+        Array::U16(v) => v.iter().for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
+        Array::I16(v) => v.iter().for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
+        Array::U32(v) => v.iter().for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
+        Array::I32(v) => v.iter().for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
+        Array::F32(v) => v.iter().for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
         Array::Bool(v) => out.extend(v.iter().map(|&x| u8::from(x))),
         Array::String(v) => v.iter().for_each(|x| put_string(out, x)),
         Array::Array(v) => v.iter().for_each(|x| put_array(out, x)),
-        Array::U64(v) => v
-            .iter()
-            .for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
-        Array::I64(v) => v
-            .iter()
-            .for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
-        Array::F64(v) => v
-            .iter()
-            .for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
+        Array::U64(v) => v.iter().for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
+        Array::I64(v) => v.iter().for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
+        Array::F64(v) => v.iter().for_each(|x| out.extend_from_slice(&x.to_le_bytes())),
     }
 }
