@@ -5,7 +5,7 @@
 
 mod check;
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use setun::config::{Activation, ModelConfig, Shape};
@@ -313,6 +313,20 @@ fn one_or_many<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<PathBuf>
     from.deserialize_any(Paths)
 }
 
+/// `runs/../out` as `out`, which is how the user thinks of it.
+fn tidy(path: &Path) -> PathBuf {
+    let mut tidied = PathBuf::new();
+    for part in path.components() {
+        match (part, tidied.components().next_back()) {
+            (Component::ParentDir, Some(Component::Normal(_))) => {
+                tidied.pop();
+            }
+            _ => tidied.push(part),
+        }
+    }
+    tidied
+}
+
 impl TrainConfig {
     /// Reads and checks a run's TOML file; relative paths become relative to its folder.
     ///
@@ -331,7 +345,7 @@ impl TrainConfig {
     /// With the line and field that cannot be used.
     pub fn parse(text: &str, folder: &Path) -> Result<Self, TrainError> {
         let mut config: Self = toml::from_str(text).map_err(|e| syntax_error(text, &e))?;
-        let anchor = |path: &mut PathBuf| *path = folder.join(&*path);
+        let anchor = |path: &mut PathBuf| *path = tidy(&folder.join(&*path));
         config.tokenizer.path.iter_mut().for_each(anchor);
         config.data.cache.iter_mut().for_each(anchor);
         let sources = config.data.sources.iter_mut().map(|s| &mut s.path);

@@ -121,6 +121,15 @@ pub enum ModelError {
         /// Positions there are.
         limit: usize,
     },
+    /// A forward pass gave no numbers.
+    #[error(
+        "the logits after {tokens} tokens are not numbers: the model's weights hold NaN or infinite values, so the file \
+         is damaged or was converted wrongly; `setun info` shows its scales"
+    )]
+    NotFinite {
+        /// Tokens fed so far.
+        tokens: usize,
+    },
     /// A token id that the vocabulary does not have.
     #[error("token id {id} is outside the vocabulary of {vocab_size}")]
     UnknownToken {

@@ -90,6 +90,9 @@ pub fn generate(
         }
         logits.clear();
         logits.extend_from_slice(session.logits());
+        if logits.iter().any(|logit| logit.is_nan()) {
+            return Err(ModelError::NotFinite { tokens: session.len() });
+        }
         let id = sampler.sample(&mut logits);
         sampler.accept(id);
         if limits.stop_ids.contains(&id) {
@@ -113,4 +116,60 @@ pub fn generate(
         emit(&rest);
     }
     Ok(Report { prompt_tokens: prompt.len(), new_ids, prefill, decode: started.elapsed(), stop })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Activation, ModelConfig, Shape};
+    use crate::cpu::CpuMatrix;
+    use crate::engine::{Engine, EngineOptions};
+    use crate::kv_cache::KvType;
+    use crate::model::{Model, Role, Source};
+    use crate::sampler::Sampling;
+    use setun_kernels::dense::{DenseData, DenseMatrix};
+
+    /// Weights that are all NaN.
+    struct Damaged;
+
+    impl Source for Damaged {
+        type Matrix = CpuMatrix;
+        type Vector = Vec<f32>;
+
+        fn matrix(&mut self, _: &str, rows: usize, cols: usize, _: Role) -> Result<CpuMatrix, ModelError> {
+            let values = DenseData::F32(vec![f32::NAN; rows * cols]);
+            Ok(CpuMatrix::Dense(DenseMatrix::new(rows, cols, values).unwrap()))
+        }
+
+        fn vector(&mut self, _: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+            Ok(vec![1.0; len])
+        }
+    }
+
+    #[test]
+    fn weights_that_are_not_numbers_end_in_an_error_not_in_text() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../golden/models/bitnet-tied-packed-small");
+        let tokenizer = Tokenizer::from_folder(folder.as_ref()).unwrap();
+        let shape = Shape {
+            vocab_size: tokenizer.vocab_size(),
+            hidden_size: 32,
+            intermediate_size: 32,
+            num_layers: 1,
+            heads: 2,
+            kv_heads: 1,
+            max_positions: 16,
+            rope_theta: 1e4,
+            tied: true,
+            sub_norms: false,
+            activation: Activation::Silu,
+        };
+        let model = Model::build(ModelConfig::fresh(&shape, false).unwrap(), &mut Damaged).unwrap();
+        let engine = Engine::from_model(model, &EngineOptions::default());
+        let mut sampler = Sampler::new(Sampling::default()).unwrap();
+        let limits = Limits { max_tokens: 4, stop_ids: Vec::new() };
+        let mut session = engine.session(KvType::F16, None);
+        let error =
+            generate(&mut session, &tokenizer, &[1, 2], &mut sampler, &limits, &mut |_| true).unwrap_err();
+        assert!(matches!(error, ModelError::NotFinite { tokens: 2 }), "{error}");
+    }
 }

@@ -117,3 +117,12 @@ fn ternary_sizes_that_gguf_cannot_hold_are_warned_of() {
     let float = odd.replace("heads = 4", "heads = 4\nprecision = \"float\"");
     assert!(parse(&float).unwrap().warnings().is_empty());
 }
+
+#[test]
+fn paths_lose_detours_but_keep_leading_ones() {
+    for (given, tidied) in
+        [("runs/../out/a", "out/a"), ("../../x", "../../x"), ("/a/b/../../c", "/c"), ("a/./b", "a/b")]
+    {
+        assert_eq!(super::tidy(Path::new(given)), Path::new(tidied));
+    }
+}
