@@ -42,13 +42,13 @@ pub struct BenchArgs {
     #[arg(long, value_name = "NAME", value_parser = random::shape)]
     shape: Option<&'static random::NamedShape>,
     /// Lengths of the prompts to read, in tokens; 0 for none
-    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "512")]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = length, default_value = "512")]
     prefill: Vec<usize>,
     /// Numbers of tokens to write, one after another; 0 for none
-    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "128")]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = length, default_value = "128")]
     decode: Vec<usize>,
     /// Tokens in the context before the first one written
-    #[arg(long, value_name = "N", value_parser = model::positive, default_value = "16")]
+    #[arg(long, value_name = "N", value_parser = depth, default_value = "16")]
     depth: usize,
     /// How often each is measured
     #[arg(long, value_name = "N", value_parser = model::positive, default_value = "3")]
@@ -71,6 +71,19 @@ pub struct BenchArgs {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+}
+
+/// Bounded, because the cache for so many positions is taken before the first of them is measured.
+fn length(text: &str) -> Result<usize, String> {
+    const MOST: usize = 1 << 17;
+    match text.trim().parse() {
+        Ok(n) if n <= MOST => Ok(n),
+        _ => Err(format!("a whole number from 0 to {MOST} is expected")),
+    }
+}
+
+fn depth(text: &str) -> Result<usize, String> {
+    model::positive(text).and_then(|_| length(text))
 }
 
 /// All that one run found; the shape of `--json`.

@@ -10,6 +10,7 @@ mod logits;
 mod memory;
 mod model;
 mod output;
+mod plot;
 mod progress;
 mod run;
 mod tokenize;
@@ -41,6 +42,7 @@ enum Command {
     Eval(eval::EvalArgs),
     Bench(bench::BenchArgs),
     Train(train::TrainArgs),
+    Plot(plot::PlotArgs),
 }
 
 /// Arguments that clap accepts but that contradict each other: exit code 2.
@@ -67,6 +69,7 @@ fn main() -> ExitCode {
         Some(Command::Eval(args)) => eval::eval(args),
         Some(Command::Bench(args)) => bench::bench(args),
         Some(Command::Train(args)) => train::train(args),
+        Some(Command::Plot(args)) => plot::plot(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

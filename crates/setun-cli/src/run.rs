@@ -28,6 +28,7 @@ use crate::{WrongUsage, default_model, memory, output};
 /// The same seed gives the same text on any number of threads and with any kernel. Without --seed one is drawn and
 /// printed, so that a text can be had again.
 #[derive(clap::Args)]
+#[command(allow_negative_numbers = true)]
 #[command(after_help = "Examples:
   setun run                                          a story by the default model
   setun run MODEL -p 'The capital of France is' -n 20 --temperature 0

@@ -142,7 +142,12 @@ fn wrong_usage_exits_with_2_and_failures_with_1() {
         (&["run", &small, "-p", "x", "--top-p", "2"], 2, "top_p"),
         (&["run", &small, "-p", "x", "--threads", "0"], 2, "1 to 1024"),
         (&["run", &small], 2, "no prompt"),
+        (&["run", &small, "-p", "x", "--seed", "-1"], 2, "invalid value '-1' for '--seed"),
+        (&["run", &small, "-p", "x", "--min-p", "-1"], 2, "min_p"),
         (&["bench", "--shape", "9t"], 2, "known shapes"),
+        (&["bench", "--shape", "tiny", "--prefill", "100000000000"], 2, "0 to 131072"),
+        (&["bench", "--shape", "tiny", "--decode", "18446744073709551615"], 2, "0 to 131072"),
+        (&["bench", "--shape", "tiny", "--depth", "10000000000"], 2, "0 to 131072"),
         (&["bench", "--shape", "tiny", "--kernel", "sse9"], 2, "sse9"),
         (&["tokenize", &small, "--decode", "1 x"], 2, "`x` is not a token id"),
         (&["run", "no/such/model", "-p", "x"], 1, "no/such/model"),
@@ -356,4 +361,18 @@ fn perplexity_of_the_default_model_on_a_simple_story_is_low_and_does_not_depend_
     assert!(best["perplexity"].as_f64().unwrap() < 20.0, "{best}");
     assert_eq!(best["perplexity"], found("scalar")["perplexity"]);
     assert_eq!(best["protocol"], "strided");
+}
+
+#[test]
+fn plots_of_runs_are_svg_and_a_missing_run_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("first");
+    std::fs::create_dir(&run).unwrap();
+    let lines = "{\"step\":1,\"tokens\":10,\"loss\":5.0}\n{\"step\":2,\"tokens\":20,\"loss\":4.0}\n";
+    std::fs::write(run.join("metrics.jsonl"), lines).unwrap();
+    let (run, picture) = (run.display().to_string(), folder.path().join("p.svg"));
+    stdout(&["plot", &run, "--out", &picture.display().to_string()]);
+    let svg = std::fs::read_to_string(&picture).unwrap();
+    assert!(svg.starts_with("<svg") && svg.contains("first"), "{svg}");
+    assert!(failure(&["plot", "no-such-run", "-o", "x.svg"], 1).contains("no-such-run"));
 }
