@@ -356,6 +356,9 @@ fn rope(c: &ModelConfig) -> String {
 
 fn numerics(c: &ModelConfig) -> String {
     let Numerics::Ternary(ternary) = &c.numerics else { return "float".to_owned() };
+    if !c.has_ternary_layers() {
+        return "float: the configuration leaves every linear layer so".to_owned();
+    }
     let stored = match ternary.storage {
         Storage::Masters => "float masters",
         Storage::Divide => "packed, 1/γ beside",

@@ -107,7 +107,12 @@ impl Trainer {
             let what = format!("{} holds no checkpoint; start the run anew", config.train.out.display());
             return Err(TrainError::Resume { what });
         };
-        let checkpoint = checkpoints.load(step)?;
+        let checkpoint = checkpoints.load(step).map_err(|damage| {
+            let folder = checkpoints.path(step);
+            let what =
+                format!("{damage}; delete {} to go on from the checkpoint before it", folder.display());
+            TrainError::Resume { what }
+        })?;
         same_run(&checkpoint.state.config, &config)?;
         Self::start(config, Some(checkpoint))
     }

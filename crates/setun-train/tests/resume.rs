@@ -93,3 +93,18 @@ fn a_step_that_diverges_stops_and_names_the_last_checkpoint() {
     let message = trainer.run(&mut ()).unwrap_err().to_string();
     assert!(message.contains("diverged at step") && message.contains("step-0000000"), "{message}");
 }
+
+#[test]
+fn a_damaged_newest_checkpoint_is_named_with_the_way_out() {
+    let folder = tempfile::tempdir().unwrap();
+    write_corpus(folder.path());
+    let mut run = Trainer::new(config(folder.path(), "float", "damaged", 6)).unwrap();
+    run.run(&mut StopAfter(2)).unwrap();
+    let newest = Checkpoints::of(&run.config().train.out).path(2);
+    drop(run);
+    for file in std::fs::read_dir(&newest).unwrap().map(|f| f.unwrap().path()) {
+        std::fs::write(&file, b"{").unwrap();
+    }
+    let error = Trainer::resume(config(folder.path(), "float", "damaged", 6)).unwrap_err().to_string();
+    assert!(error.contains(&format!("delete {}", newest.display())), "{error}");
+}

@@ -300,6 +300,21 @@ impl ModelConfig {
         }
     }
 
+    /// Whether any linear layer is ternary: a BitNet-shaped float model excepts every one of them.
+    pub fn has_ternary_layers(&self) -> bool {
+        const BLOCK: [&str; 7] = [
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        ];
+        (0..self.num_layers)
+            .any(|n| BLOCK.iter().any(|part| self.is_ternary(&format!("model.layers.{n}.{part}"))))
+    }
+
     /// Attention as layer `layer` does it.
     pub fn attention(&self, layer: usize) -> Attention {
         Attention {
@@ -385,4 +400,41 @@ const MAX_LAYERS: usize = 4096;
 
 fn value_error(field: &str, found: impl ToString, expected: impl Into<String>) -> ModelError {
     ModelError::ConfigValue { field: field.into(), found: found.to_string(), expected: expected.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_of_exceptions_replaces_the_default_and_may_leave_nothing_ternary() {
+        let shape = Shape {
+            vocab_size: 8,
+            hidden_size: 8,
+            intermediate_size: 8,
+            num_layers: 2,
+            heads: 2,
+            kv_heads: 1,
+            max_positions: 8,
+            rope_theta: 1e4,
+            tied: false,
+            sub_norms: true,
+            activation: Activation::Relu2,
+        };
+        let with = |names: &[&str]| {
+            let names = names.iter().map(|&name| name.to_owned()).collect();
+            let exceptions = Some(Exceptions::new(names).unwrap());
+            let mut config = ModelConfig::fresh(&shape, true).unwrap();
+            config.numerics = Numerics::Ternary(Ternary { storage: Storage::Masters, exceptions });
+            config
+        };
+        let default = ModelConfig::fresh(&shape, true).unwrap();
+        assert!(default.has_ternary_layers() && !default.is_ternary("lm_head"));
+        assert!(with(&["model.layers.1"]).is_ternary("lm_head"));
+        assert!(!with(&["model.layers.1"]).is_ternary("model.layers.1.mlp.up_proj"));
+        assert!(with(&["model.layers.1"]).is_ternary("model.layers.10.mlp.up_proj"));
+        let all = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"];
+        assert!(with(&all[..7]).is_ternary("lm_head") && !with(&all).has_ternary_layers());
+        assert!(Exceptions::new(vec!["(".into()]).is_err());
+    }
 }
