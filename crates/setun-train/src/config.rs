@@ -422,11 +422,12 @@ impl TrainConfig {
                 ("intermediate_size", self.model.intermediate_size),
             ];
             for (field, size) in sizes {
-                if !size.is_multiple_of(256) {
-                    found.push(format!(
-                        "model.{field} = {size} is not a multiple of 256, so GGUF's TQ1_0 and TQ2_0 cannot hold the model"
-                    ));
-                }
+                let lost = match size {
+                    _ if size.is_multiple_of(256) => continue,
+                    _ if size.is_multiple_of(128) => "256, so GGUF's TQ1_0 and TQ2_0 cannot",
+                    _ => "128, so no ternary type of GGUF can",
+                };
+                found.push(format!("model.{field} = {size} is not a multiple of {lost} hold the model"));
             }
         }
         if self.data.valid.is_empty() {

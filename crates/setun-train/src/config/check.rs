@@ -16,12 +16,31 @@ impl TrainConfig {
     }
 
     fn check_model(&self) -> Result<(), TrainError> {
-        // The shape's own rules; the field names of its errors are those of config.json.
-        self.fresh()?;
-        if !self.model.hidden_size.is_multiple_of(self.model.heads) {
-            let expected = format!("a multiple of model.heads = {}", self.model.heads);
-            return Err(TrainError::setting("model.hidden_size", self.model.hidden_size, expected));
+        let model = &self.model;
+        let counts = [
+            ("vocab_size", model.vocab_size),
+            ("hidden_size", model.hidden_size),
+            ("intermediate_size", model.intermediate_size),
+            ("num_layers", model.num_layers),
+            ("heads", model.heads),
+            ("max_positions", model.max_positions),
+        ];
+        if let Some((field, _)) = counts.iter().find(|(_, n)| *n == 0) {
+            return Err(TrainError::setting(format!("model.{field}"), 0, "at least 1"));
         }
+        if !model.hidden_size.is_multiple_of(2 * model.heads) {
+            let expected =
+                format!("a multiple of twice model.heads = {}, since RoPE rotates pairs", model.heads);
+            return Err(TrainError::setting("model.hidden_size", model.hidden_size, expected));
+        }
+        if let Some(kv_heads) = model.kv_heads
+            && (kv_heads == 0 || !model.heads.is_multiple_of(kv_heads))
+        {
+            let expected = format!("a divisor of model.heads = {}", model.heads);
+            return Err(TrainError::setting("model.kv_heads", kv_heads, expected));
+        }
+        // The shape's other rules; the field names of its errors are those of config.json.
+        self.fresh()?;
         // Packed Hugging Face tensors hold four rows per byte.
         let sizes =
             [("hidden_size", self.model.hidden_size), ("intermediate_size", self.model.intermediate_size)];
