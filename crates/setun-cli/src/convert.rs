@@ -18,7 +18,7 @@ use crate::{model, output, progress};
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   setun convert model-folder model.gguf --to gguf --embedding-type f16 --verify
-  setun convert model.gguf model-folder --to hf --scales divide
+  setun convert model.gguf model-folder --to hf
   setun convert stories.bin stories.gguf --to gguf --tokenizer tok512.model")]
 pub struct ConvertArgs {
     /// Model file (GGUF, safetensors, llama2.c) or folder

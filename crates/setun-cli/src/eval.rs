@@ -67,7 +67,8 @@ fn ppl(args: &PplArgs) -> Result<()> {
     let found = perplexity(&engine, &tokenizer, &text, windows, &mut |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
-    })?;
+    })
+    .with_context(|| args.file.display().to_string())?;
     bar.finish_and_clear();
     let seconds = started.elapsed().as_secs_f64();
     if args.json {

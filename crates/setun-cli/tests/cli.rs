@@ -376,3 +376,11 @@ fn plots_of_runs_are_svg_and_a_missing_run_is_named() {
     assert!(svg.starts_with("<svg") && svg.contains("first"), "{svg}");
     assert!(failure(&["plot", "no-such-run", "-o", "x.svg"], 1).contains("no-such-run"));
 }
+
+#[test]
+fn a_text_too_short_to_score_is_an_error_that_names_the_file() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().display().to_string();
+    let error = failure(&["eval", "ppl", "--file", &path], 1);
+    assert!(error.contains(&path) && error.contains("at least 2"), "{error}");
+}

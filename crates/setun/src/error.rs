@@ -138,6 +138,12 @@ pub enum ModelError {
         /// Ids there are.
         vocab_size: usize,
     },
+    /// A text in which no token can be predicted from one before it.
+    #[error("the text has {tokens} tokens, but at least 2 are needed to predict one from another")]
+    TooShort {
+        /// Tokens of the text.
+        tokens: usize,
+    },
     /// There is nothing to continue.
     #[error("the prompt has no tokens, and a model needs at least one to continue from")]
     EmptyPrompt,

@@ -66,7 +66,7 @@ pub fn perplexity(
     }
     let ids = tokenizer.encode(text, true)?;
     if ids.len() < 2 {
-        return Err(ModelError::EmptyPrompt);
+        return Err(ModelError::TooShort { tokens: ids.len() });
     }
     let vocab = engine.config().vocab_size;
     // Targets are looked up in the logits, the last one without ever being fed.
