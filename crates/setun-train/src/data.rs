@@ -17,6 +17,7 @@ pub use held_out::{HeldOut, HeldOutBatch, Score};
 
 use crate::config::TrainConfig;
 use crate::error::TrainError;
+use crate::random::{mix, unit};
 use crate::vocabulary::Vocabulary;
 use corpus::Corpus;
 use documents::Documents;
@@ -312,20 +313,6 @@ fn shuffled(count: usize, seed: u64) -> Vec<u32> {
         order.swap(n, other as usize);
     }
     order
-}
-
-/// SplitMix64 (Steele, Lea and Flood, 2014) of a counter: a dozen operations that will never change, so a seed
-/// means the same data for good, which random number crates do not promise for shuffles.
-fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    x ^ (x >> 31)
-}
-
-/// A number from 0 to below 1.
-fn unit(x: u64) -> f64 {
-    (x >> 11) as f64 / (1u64 << 53) as f64
 }
 
 #[cfg(test)]

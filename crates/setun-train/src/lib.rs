@@ -19,6 +19,7 @@ pub mod metrics;
 pub mod optimizer;
 pub mod params;
 pub mod plot;
+mod random;
 pub mod schedule;
 pub mod tape;
 pub mod trainer;

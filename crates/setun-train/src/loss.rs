@@ -82,13 +82,8 @@ impl Tape<'_> {
     }
 }
 
-/// One token's loss; turns its logits into `weight · (softmax - target)`.
-fn token(kernels: &setun_kernels::Kernels, row: &mut [f32], target: u32, weight: f32) -> f64 {
-    if target == IGNORE {
-        row.fill(0.0);
-        return 0.0;
-    }
-    let logit = row.get(target as usize).copied().unwrap_or(f32::NEG_INFINITY);
+/// Turns a row into `weight · softmax(row)`; returns its largest value and the sum of the exponentials beyond it.
+pub(crate) fn softmax(kernels: &setun_kernels::Kernels, row: &mut [f32], weight: f32) -> (f32, f32) {
     let top = vectorised(
         #[inline(always)]
         || {
@@ -102,11 +97,21 @@ fn token(kernels: &setun_kernels::Kernels, row: &mut [f32], target: u32, weight:
         #[inline(always)]
         || {
             let sum = sum2(row, row, |a, _| a);
-            let factor = weight / sum;
-            multiply(row, factor);
+            multiply(row, weight / sum);
             sum
         },
     );
+    (top, sum)
+}
+
+/// One token's loss; turns its logits into `weight · (softmax - target)`.
+fn token(kernels: &setun_kernels::Kernels, row: &mut [f32], target: u32, weight: f32) -> f64 {
+    if target == IGNORE {
+        row.fill(0.0);
+        return 0.0;
+    }
+    let logit = row.get(target as usize).copied().unwrap_or(f32::NEG_INFINITY);
+    let (top, sum) = softmax(kernels, row, weight);
     if let Some(p) = row.get_mut(target as usize) {
         *p -= weight;
     }

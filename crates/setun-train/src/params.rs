@@ -1,5 +1,6 @@
 //! Float masters: what a training run learns, in the order of the forward pass.
 
+use crate::random::{mix, unit};
 use setun::config::ModelConfig;
 use setun::error::ModelError;
 use setun::model::{Model, Role, Source};
@@ -178,21 +179,13 @@ impl<F: FnMut(&str, usize, usize, Kind) -> Result<Vec<f32>, ModelError>> Source 
 /// `count` numbers from `N(0, deviation²)`: Box and Muller's method on a counter-based generator.
 fn normal(seed: u64, name: &str, count: usize, deviation: f64) -> Vec<f32> {
     let stream = name.bytes().fold(mix(seed), |state, byte| mix(state ^ u64::from(byte)));
-    let uniform = |index: u64| (mix(stream.wrapping_add(index)) >> 11) as f64 / (1u64 << 53) as f64;
+    let uniform = |index: u64| unit(mix(stream.wrapping_add(index)));
     let pair = |i: u64| {
         let radius = (-2.0 * (1.0 - uniform(2 * i)).ln()).sqrt() * deviation;
         let (sin, cos) = (std::f64::consts::TAU * uniform(2 * i + 1)).sin_cos();
         [(radius * cos) as f32, (radius * sin) as f32]
     };
     (0..count.div_ceil(2) as u64).flat_map(pair).take(count).collect()
-}
-
-/// SplitMix64's step and finaliser (Steele, Lea and Flood, 2014).
-fn mix(state: u64) -> u64 {
-    let mut z = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 #[cfg(test)]

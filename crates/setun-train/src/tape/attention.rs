@@ -10,8 +10,8 @@ use setun::ops::Attention;
 use setun_kernels::gemm::{Into, View, ViewMut, gemm};
 
 use super::{Tape, Var};
-use crate::engine::{multiply, subtract, sum2, vectorised};
-use crate::loss::largest;
+use crate::engine::{subtract, sum2, vectorised};
+use crate::loss::softmax;
 
 /// Queries that share one product with the keys.
 const QUERIES: usize = 64;
@@ -139,24 +139,7 @@ fn forward(
                 row[..seen.start].fill(0.0);
                 row[seen.end..].fill(0.0);
                 let row = &mut row[seen];
-                let top = vectorised(
-                    #[inline(always)]
-                    || {
-                        let top = largest(row);
-                        subtract(row, top);
-                        top
-                    },
-                );
-                kernels.exp_in_place(row);
-                let sum = vectorised(
-                    #[inline(always)]
-                    || {
-                        let sum = sum2(row, row, |a, _| a);
-                        let inverse = 1.0 / sum;
-                        multiply(row, inverse);
-                        sum
-                    },
-                );
+                let (top, sum) = softmax(kernels, row, 1.0);
                 lse[i] = top + sum.ln();
             }
             let mixed = heads.view_mut(out, queries, wide, column);
