@@ -13,6 +13,7 @@ use setun::engine::{Engine, Session};
 use setun::error::ModelError;
 use setun::generate::{Limits, Report, Stop, generate};
 use setun::kv_cache::KvType;
+use setun::recommended::Recommended;
 use setun::sampler::{Sampler, Sampling};
 use setun::stop::StopStrings;
 use setun::tokenizer::Tokenizer;
@@ -54,7 +55,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     system: Option<String>,
     /// Stop before this text; may be repeated
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     stop: Vec<String>,
     /// Go on after end-of-text tokens
     #[arg(long)]
@@ -77,21 +78,21 @@ struct SamplingArgs {
     /// Seed of the random choices [default: drawn, and printed]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// 0 always takes the likeliest token, 1 samples as the model says, more is wilder
-    #[arg(long, value_name = "X", default_value_t = Sampling::default().temperature, allow_negative_numbers = true)]
-    temperature: f32,
-    /// Choose among the K likeliest tokens only; 0: all
-    #[arg(long, value_name = "K", default_value_t = Sampling::default().top_k)]
-    top_k: usize,
-    /// Choose among the likeliest tokens that together reach this probability; 1: all
-    #[arg(long, value_name = "P", default_value_t = Sampling::default().top_p)]
-    top_p: f32,
-    /// Choose among tokens at least this likely, relative to the likeliest; 0: all
-    #[arg(long, value_name = "P", default_value_t = Sampling::default().min_p)]
-    min_p: f32,
-    /// Divide the logits of recent tokens by this; 1: off
-    #[arg(long, value_name = "X", default_value_t = Sampling::default().repetition_penalty)]
-    repeat_penalty: f32,
+    /// 0 always takes the likeliest token, 1 samples as the model says, more is wilder [default: the model's, else 0.8]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    temperature: Option<f32>,
+    /// Choose among the K likeliest tokens only; 0: all [default: the model's, else 40]
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Choose among the likeliest tokens that together reach this probability; 1: all [default: the model's, else 0.95]
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
+    /// Choose among tokens at least this likely, relative to the likeliest; 0: all [default: the model's, else 0.05]
+    #[arg(long, value_name = "P")]
+    min_p: Option<f32>,
+    /// Divide the logits of recent tokens by this; 1: off [default: the model's, else 1]
+    #[arg(long, value_name = "X")]
+    repeat_penalty: Option<f32>,
     /// Subtract this from a token's logit for every recent occurrence; 0: off
     #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
     frequency_penalty: f32,
@@ -104,13 +105,16 @@ struct SamplingArgs {
 }
 
 impl SamplingArgs {
-    fn sampling(&self) -> Sampling {
-        Sampling {
+    /// What the user asks for, else what the model recommends, else [`Sampling::default`].
+    fn sampling(&self, model: &Recommended) -> Sampling {
+        let asked = Recommended {
             temperature: self.temperature,
             top_k: self.top_k,
             top_p: self.top_p,
             min_p: self.min_p,
             repetition_penalty: self.repeat_penalty,
+        };
+        asked.or(model).over(Sampling {
             frequency_penalty: self.frequency_penalty,
             presence_penalty: self.presence_penalty,
             repeat_last_n: self.repeat_last_n,
@@ -118,7 +122,8 @@ impl SamplingArgs {
             seed: self
                 .seed
                 .unwrap_or_else(|| std::hash::RandomState::new().build_hasher().finish() % 100_000),
-        }
+            ..Sampling::default()
+        })
     }
 }
 
@@ -141,8 +146,7 @@ pub fn run(args: RunArgs, started: Instant) -> Result<()> {
 }
 
 fn start(mut args: RunArgs, started: Instant, read_stdin: bool) -> Result<()> {
-    let sampling = args.sampling.sampling();
-    sampling.validate()?;
+    args.sampling.sampling(&Recommended::default()).validate()?;
     let talking = std::io::stdin().is_terminal() && args.prompt.is_none() && !args.raw && !args.json;
     if args.prompt.is_none() && read_stdin && !std::io::stdin().is_terminal() {
         // Text files end with a line end that is not meant as part of the prompt.
@@ -153,6 +157,7 @@ fn start(mut args: RunArgs, started: Instant, read_stdin: bool) -> Result<()> {
     let file = model::open(args.model.as_deref())?;
     let tokenizer = args.load.tokenizer(&file)?;
     let engine = args.load.engine(&file)?;
+    let sampling = args.sampling.sampling(&Recommended::of(&file)?);
     drop(file);
     let limit = args.load.limit(engine.config());
     let session = engine.session(args.kv, Some(limit));
@@ -239,6 +244,11 @@ impl Speaker<'_> {
                 "ids": report.new_ids,
                 "stop": stop_name(report.stop),
                 "seed": sampling.seed,
+                "temperature": sampling.temperature,
+                "top_k": sampling.top_k,
+                "top_p": sampling.top_p,
+                "min_p": sampling.min_p,
+                "repeat_penalty": sampling.repetition_penalty,
                 "prompt_tokens": report.prompt_tokens,
                 "new_tokens": report.new_ids.len(),
                 "prefill_tokens_per_s": report.prefill_rate(),

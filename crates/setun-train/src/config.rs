@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use setun::config::{Activation, ModelConfig, Shape};
+use setun::recommended::Recommended;
 
 use crate::error::TrainError;
 
@@ -28,6 +29,10 @@ pub struct TrainConfig {
     pub optimizer: OptimizerSection,
     /// `[train]`: the loop.
     pub train: TrainSection,
+    /// `[sampling]`: what the finished model recommends to those who run it (temperature, top_k, top_p, min_p,
+    /// repetition_penalty); it goes into the exported `generation_config.json`.
+    #[serde(default)]
+    pub sampling: Recommended,
 }
 
 /// `[model]`: the shape of [`Shape`], and the precision of its linear layers.

@@ -18,6 +18,7 @@ use setun::format::{
     Encoding, SafetensorsWriter, ScaleConvention, Scaling, TensorSpec, encode_floats, encode_hf_packed,
 };
 use setun::model::Role;
+use setun::recommended::Recommended;
 use setun_kernels::{Kernels, Pool, TernaryMatrix};
 
 use crate::error::TrainError;
@@ -36,7 +37,7 @@ pub enum TernaryForm {
 }
 
 /// What an export chooses.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ExportOptions {
     /// Form of the ternary layers; a float model has none.
     pub ternary: TernaryForm,
@@ -44,11 +45,13 @@ pub struct ExportOptions {
     /// every bit of what was trained, so that the trainer's logits are reproduced; BF16 halves what is not ternary.
     /// The scales of packed layers are F32 in both.
     pub floats: Encoding,
+    /// Sampling recommended to those who run the model.
+    pub sampling: Recommended,
 }
 
 impl Default for ExportOptions {
     fn default() -> Self {
-        Self { ternary: TernaryForm::Packed, floats: Encoding::F32 }
+        Self { ternary: TernaryForm::Packed, floats: Encoding::F32, sampling: Recommended::default() }
     }
 }
 
@@ -83,7 +86,7 @@ pub fn export(
     write_weights(&folder.join("model.safetensors"), params, options)?;
     vocabulary.save(&folder.join("tokenizer.json"))?;
     write_json(&folder.join("tokenizer_config.json"), &tokenizer_config(config, vocabulary)?)?;
-    write_json(&folder.join("generation_config.json"), &generation_config(config))?;
+    write_json(&folder.join("generation_config.json"), &generation_config(config, &options.sampling))?;
     write_json(&config_file, &config_json(config, options)?)
 }
 
@@ -175,8 +178,11 @@ fn tokenizer_config(config: &ModelConfig, vocabulary: &Vocabulary) -> Result<Val
     }))
 }
 
-fn generation_config(config: &ModelConfig) -> Value {
-    json!({ "bos_token_id": config.bos, "eos_token_id": config.eos })
+fn generation_config(config: &ModelConfig, sampling: &Recommended) -> Value {
+    let mut json = sampling.to_json();
+    json.insert("bos_token_id".into(), json!(config.bos));
+    json.insert("eos_token_id".into(), json!(config.eos));
+    json.into()
 }
 
 fn write_json(path: &Path, json: &Value) -> Result<(), TrainError> {
@@ -286,14 +292,16 @@ mod tests {
 
     #[test]
     fn the_tokenizer_travels_with_the_model() {
-        let (folder, ..) = exported(true, &ExportOptions::default());
+        let sampling = Recommended { temperature: Some(0.5), ..Recommended::default() };
+        let (folder, ..) = exported(true, &ExportOptions { sampling, ..ExportOptions::default() });
         let end = crate::vocabulary::END_OF_TEXT;
         let found = Vocabulary::load(&folder.path().join("tokenizer.json"), end).unwrap();
         assert_eq!(found.json(), vocabulary().json());
         let text = std::fs::read_to_string(folder.path().join("tokenizer_config.json")).unwrap();
         let json: Value = serde_json::from_str(&text).unwrap();
         assert_eq!(json["eos_token"], end);
-        assert!(folder.path().join("generation_config.json").exists());
+        let file = Checkpoint::open(folder.path()).unwrap();
+        assert_eq!(Recommended::of(&file).unwrap(), sampling);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! The modules follow the way of the data: a file is opened by [`format`], described by [`config`], its tensors found
 //! by [`weights`]; [`tokenizer`] and [`chat`] turn text into ids; [`model`] is the forward pass over [`ops`], which
 //! [`cpu`] executes with a [`kv_cache`]; [`engine`] holds a loaded model and its sequences, [`sampler`] picks the next
-//! token, [`generate`] puts them together and [`stop`] watches for strings that end a text. [`inspect`] tells what a file
+//! token (as [`recommended`] by the model's makers or otherwise asked), [`generate`] puts them together and [`stop`] watches for strings that end a text. [`inspect`] tells what a file
 //! holds, [`eval`] scores a model, [`convert`] rewrites one. [`error`] says why something could not be done.
 
 pub mod chat;
@@ -19,6 +19,7 @@ pub mod inspect;
 pub mod kv_cache;
 pub mod model;
 pub mod ops;
+pub mod recommended;
 pub mod sampler;
 pub mod stop;
 pub mod tokenizer;

@@ -1,5 +1,7 @@
 //! What a run's settings must be, so that later code may rely on it.
 
+use setun::sampler::Sampling;
+
 use super::{Precision, TrainConfig};
 use crate::error::TrainError;
 
@@ -12,7 +14,9 @@ impl TrainConfig {
         self.check_model()?;
         self.check_data()?;
         self.check_optimizer()?;
-        self.check_train()
+        self.check_train()?;
+        // Its errors name the setting.
+        Ok(self.sampling.over(Sampling::default()).validate()?)
     }
 
     fn check_model(&self) -> Result<(), TrainError> {

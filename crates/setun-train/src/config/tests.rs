@@ -50,6 +50,15 @@ fn defaults_fill_what_a_small_file_leaves_out() {
 }
 
 #[test]
+fn recommended_sampling_is_read_and_checked() {
+    let with = |text: &str| parse(&format!("{SMALL}\n[sampling]\n{text}"));
+    let sampling = with("temperature = 0.5\nmin_p = 0.1").unwrap().sampling;
+    assert_eq!((sampling.temperature, sampling.min_p, sampling.top_p), (Some(0.5), Some(0.1), None));
+    assert!(with("top_p = 2").unwrap_err().to_string().contains("`top_p` is 2"));
+    assert!(with("heat = 1").unwrap_err().to_string().contains("heat"));
+}
+
+#[test]
 fn relative_paths_start_at_the_file_and_absolute_ones_stay() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("run.toml");

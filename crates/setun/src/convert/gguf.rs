@@ -8,6 +8,7 @@ use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::format::gguf::{Array, Metadata, Value};
 use crate::format::{Encoding, TensorSpec};
+use crate::recommended::Recommended;
 use crate::tokenizer::Tokenizer;
 use crate::weights::gguf_name;
 
@@ -25,6 +26,9 @@ pub(super) fn prepare(
         metadata.insert(key.clone(), value.clone());
     }
     general(job, output, &items, &mut metadata);
+    for (key, value) in Recommended::of(job.file)?.to_gguf() {
+        metadata.insert(key, value);
+    }
     for (key, value) in keys.into_iter().filter(|(key, _)| key != "general.architecture") {
         metadata.insert(key, value);
     }
