@@ -10,3 +10,7 @@ pub const PROMPT: &str = "Once upon a time";
 
 /// The file.
 pub const BYTES: &[u8] = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/default.gguf"));
+
+/// Whose text it was trained on: the licences ask that this travels with it.
+pub const ATTRIBUTION: &str =
+    include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/ATTRIBUTION.md"));

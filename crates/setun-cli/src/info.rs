@@ -9,9 +9,11 @@ use serde_json::{Value, json};
 use setun::config::{Activation, Family, ModelConfig, Numerics, RopeScaling, Storage};
 use setun::format::{Checkpoint, CheckpointKind};
 use setun::inspect::{Part, Survey, survey};
+use setun::recommended::Recommended;
 use setun::tokenizer::Tokenizer;
+use setun::weights::Weights;
 
-use crate::{model, output};
+use crate::{default_model, model, output};
 
 /// Tell what a model is: family, shape, parameters, packing, scales, zero fraction, bytes by part, tokenizer, and what is
 /// odd about it.
@@ -34,9 +36,15 @@ pub struct InfoArgs {
     /// Also list every tensor: name, shape, type, bytes
     #[arg(long)]
     tensors: bool,
+    /// Print the works that the model in the program was trained on, with authors and licences
+    #[arg(long, conflicts_with_all = ["model", "json", "tensors", "tokenizer"])]
+    attribution: bool,
 }
 
 pub fn info(args: InfoArgs) -> Result<()> {
+    if args.attribution {
+        return Ok(output::print(default_model::ATTRIBUTION)?);
+    }
     let file = model::open(args.model.as_deref())?;
     let mut odd = Vec::new();
     let config = ModelConfig::of(&file).map_err(|error| odd.push(format!("cannot be run: {error}"))).ok();
@@ -48,9 +56,12 @@ pub fn info(args: InfoArgs) -> Result<()> {
         None => Tokenizer::of(&file).map_err(|error| odd.push(error.to_string())).ok(),
     };
     if let Some(config) = &config {
+        let unplaced = Weights::new(&file, config).check_all_used();
+        odd.extend(unplaced.err().map(|error| format!("cannot be run: {error}")));
         oddities(config, found.as_ref(), tokenizer.as_ref(), &mut odd);
     }
-    let facts = Facts { file: &file, config, found, tokenizer, odd };
+    let sampling = Recommended::of(&file).map_err(|error| odd.push(error.to_string())).unwrap_or_default();
+    let facts = Facts { file: &file, config, found, tokenizer, sampling, odd };
     if args.json {
         let mut object = facts.json();
         if args.tensors {
@@ -87,6 +98,13 @@ fn oddities(
     odd: &mut Vec<String>,
 ) {
     if let Some(found) = found {
+        if let Some(first) = found.not_finite.first() {
+            let more = match found.not_finite.len() {
+                1 => String::new(),
+                n => format!(" and {} more tensors", n - 1),
+            };
+            odd.push(format!("`{first}`{more} hold NaN or infinite values: the file is damaged"));
+        }
         if !found.unused.is_empty() {
             let (few, n) = (
                 found.unused.iter().take(3).map(|n| format!("`{n}`")).collect::<Vec<_>>(),
@@ -144,6 +162,7 @@ struct Facts<'a> {
     config: Option<ModelConfig>,
     found: Option<Survey>,
     tokenizer: Option<Tokenizer>,
+    sampling: Recommended,
     odd: Vec<String>,
 }
 
@@ -174,6 +193,7 @@ impl Facts<'_> {
             "scale_range": self.found.as_ref().map(|f| f.scale_range),
             "zero_fraction": self.found.as_ref().map(|f| f.zero_fraction),
             "bytes_by_part": self.found.as_ref().map(|f| &f.bytes),
+            "not_finite_tensors": self.found.as_ref().map(|f| &f.not_finite),
             "unused_tensors": self.found.as_ref().map(|f| &f.unused),
             "tokenizer": self.tokenizer.as_ref().map(|t| json!({
                 "vocab_size": t.vocab_size(),
@@ -181,6 +201,7 @@ impl Facts<'_> {
                 "eos": t.eos_ids(),
                 "chat_template": t.chat_template(),
             })),
+            "sampling": self.sampling,
             "odd": self.odd,
         })
     }
@@ -248,6 +269,12 @@ impl Facts<'_> {
                     format!("template of {} characters", s.chars().count())
                 }),
             )?;
+        }
+        if self.sampling != Recommended::default() {
+            line("sampling", format!("recommended: {}", self.sampling))?;
+        }
+        if self.file.folder().is_none() {
+            line("trained on", "works named by `setun info --attribution`".to_owned())?;
         }
         for what in &self.odd {
             line("odd", what.clone())?;

@@ -49,11 +49,12 @@ impl Engine {
     /// Loads an opened checkpoint as `config` describes it.
     ///
     /// # Errors
-    /// When a tensor is missing, has another shape, or cannot be decoded.
+    /// When a tensor is missing, has another shape, cannot be decoded, or is there though `config` has no place for it.
     pub fn load(file: &Checkpoint, config: ModelConfig, options: &EngineOptions) -> Result<Self, ModelError> {
         let kernels = options.kernels.unwrap_or_else(Kernels::best);
         let pool = Pool::new(options.threads.unwrap_or_else(physical_cores_allowed));
         let weights = Weights::new(file, &config);
+        weights.check_all_used()?;
         let mut source = CpuSource::new(weights, kernels, &pool, options.activations);
         let model = Model::build(config.clone(), &mut source)?;
         Ok(Self { model, kernels, pool })

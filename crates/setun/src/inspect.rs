@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use setun_kernels::matrix::Scales;
 
-use crate::config::{ModelConfig, Numerics, RopeScaling, Storage};
+use crate::config::{ModelConfig, Numerics, Storage};
 use crate::error::ModelError;
 use crate::format::{Checkpoint, Encoding};
 use crate::model::{Model, Role, Source};
@@ -51,6 +51,8 @@ pub struct Survey {
     pub scale_range: Option<(f32, f32)>,
     /// Share of ternary weights that are 0.
     pub zero_fraction: Option<f64>,
+    /// Names of tensors that hold NaN or infinite values.
+    pub not_finite: Vec<String>,
     /// Names of tensors in the file that the model does not use.
     pub unused: Vec<String>,
 }
@@ -71,16 +73,13 @@ pub fn survey(file: &Checkpoint, config: &ModelConfig) -> Result<Survey, ModelEr
             packing: BTreeMap::new(),
             scale_range: None,
             zero_fraction: None,
+            not_finite: Vec::new(),
             unused: Vec::new(),
         },
     };
     Model::build(config.clone(), &mut reader)?;
-    let Reader { mut used, ternary_weights, mut found, .. } = reader;
-    // The configuration's own tensor, which no layer asks for.
-    used.extend(
-        matches!(config.rope.scaling, RopeScaling::Divisors(_)).then(|| "rope_freqs.weight".to_owned()),
-    );
-    found.unused = file.tensors().map(|t| t.name.clone()).filter(|name| !used.contains(name)).collect();
+    let Reader { weights, ternary_weights, mut found, .. } = reader;
+    found.unused = weights.unused()?.into_iter().map(str::to_owned).collect();
     let zeros: usize = found.packing.values().filter_map(|group| group.zeros).sum();
     found.zero_fraction = (ternary_weights > 0).then(|| zeros as f64 / ternary_weights as f64);
     Ok(found)
@@ -129,7 +128,18 @@ impl Source for Reader<'_> {
         group.tensors += 1;
         group.elements += rows * cols;
         group.bytes += bytes;
-        let Weight::Ternary(matrix) = weight else { return Ok(()) };
+        let matrix = match weight {
+            Weight::Ternary(matrix) => matrix,
+            Weight::Dense(matrix) => {
+                let mut row = vec![0.0; cols];
+                let bad = (0..rows).any(|r| {
+                    matrix.row_f32(r, &mut row);
+                    row.iter().any(|v| !v.is_finite())
+                });
+                self.found.not_finite.extend(bad.then_some(stored));
+                return Ok(());
+            }
+        };
         let zeros = (matrix.zero_fraction() * (rows * cols) as f64).round() as usize;
         *group.zeros.get_or_insert(0) += zeros;
         let (kind, values) = match matrix.scales() {
@@ -149,8 +159,11 @@ impl Source for Reader<'_> {
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<(), ModelError> {
-        self.weights.vector(name, len)?;
+        let values = self.weights.vector(name, len)?;
         let stored = self.weights.stored_name(name);
+        if values.iter().any(|v| !v.is_finite()) {
+            self.found.not_finite.push(stored.clone());
+        }
         let part = if name.ends_with(".bias") { Part::Blocks } else { Part::Norms };
         self.take(&stored, part);
         Ok(())

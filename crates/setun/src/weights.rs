@@ -3,14 +3,16 @@
 //! Here GGUF's names and row order, aliases of sub-norm names and the two scale conventions end: everything after this module
 //! sees a [`TernaryMatrix`], a [`DenseMatrix`] or a plain vector in the order that half-split RoPE expects.
 
+use std::collections::HashSet;
+
 use setun_kernels::dense::{DenseData, DenseMatrix};
 use setun_kernels::matrix::{Scales, TernaryMatrix};
 use setun_kernels::quant;
 
-use crate::config::{ModelConfig, Numerics, Storage};
+use crate::config::{ModelConfig, Numerics, RopeScaling, Storage};
 use crate::error::ModelError;
 use crate::format::{Checkpoint, Llama2cKind, ScaleConvention, Tensor, hf_packed_to_ternary};
-use crate::model::Role;
+use crate::model::{Model, Role, Source};
 
 /// A linear layer's weights as the file defines them.
 #[derive(Debug, Clone)]
@@ -170,6 +172,50 @@ impl<'a> Weights<'a> {
             .map_err(|e| ModelError::tensor(name, e.to_string()))
     }
 
+    /// Names of tensors that no part of the model asks for, in file order.
+    ///
+    /// # Errors
+    /// None that a configuration which was checked can cause.
+    pub fn unused(&self) -> Result<Vec<&'a str>, ModelError> {
+        let mut asked = Asked { weights: *self, names: HashSet::new() };
+        Model::build(self.config.clone(), &mut asked)?;
+        // The configuration's own tensor, which no layer asks for.
+        if let RopeScaling::Divisors(_) = self.config.rope.scaling {
+            asked.names.insert("rope_freqs.weight".to_owned());
+        }
+        Ok(self.file.tensors().map(|t| t.name.as_str()).filter(|name| !asked.names.contains(*name)).collect())
+    }
+
+    /// Refuses a file with tensors that look like a part of the model and are none: a model computed without a bias, a
+    /// norm or a layer that its file has would be another one.
+    ///
+    /// # Errors
+    /// [`ModelError::Unsupported`] with the first such tensor and their number.
+    pub fn check_all_used(&self) -> Result<(), ModelError> {
+        const PARTS: [&str; 7] =
+            ["blk.", "model.", "token_embd", "output", "rope_", "lm_head", "transformer."];
+        // Derived from the configuration by every reader, or a copy of the embedding.
+        let harmless = |name: &str| {
+            name.ends_with(".rotary_emb.inv_freq") || self.config.tied && name == "lm_head.weight"
+        };
+        let unused = self.unused()?;
+        let missed: Vec<&str> = unused
+            .into_iter()
+            .filter(|name| PARTS.iter().any(|part| name.starts_with(part)) && !harmless(name))
+            .collect();
+        let Some(first) = missed.first() else { return Ok(()) };
+        let more = match missed.len() {
+            1 => String::new(),
+            n => format!(" and {} more", n - 1),
+        };
+        let what = format!(
+            "tensor `{first}`{more} belongs to no part of the model that its configuration describes ({} layers), so running \
+             without it would give other results: correct the configuration, or use a version that knows this kind of model",
+            self.config.num_layers
+        );
+        Err(ModelError::unsupported(self.file.path(), what))
+    }
+
     /// The name under which the file holds what the model calls `name`.
     pub(crate) fn stored_name(&self, name: &str) -> String {
         if self.file.gguf_metadata().is_some() {
@@ -233,6 +279,30 @@ impl<'a> Weights<'a> {
             _ if name.contains("ffn_sub_norm") => Some(self.config.intermediate_size),
             _ => Some(self.config.hidden_size),
         }
+    }
+}
+
+/// Collects the names under which a model's tensors are stored.
+struct Asked<'a> {
+    weights: Weights<'a>,
+    names: HashSet<String>,
+}
+
+impl Source for Asked<'_> {
+    type Matrix = ();
+    type Vector = ();
+
+    fn matrix(&mut self, name: &str, _: usize, _: usize, _: Role) -> Result<(), ModelError> {
+        let stored = self.weights.stored_name(name);
+        self.names.insert(format!("{name}_scale"));
+        self.names.insert(format!("{}.scale", stored.trim_end_matches(".weight")));
+        self.names.insert(stored);
+        Ok(())
+    }
+
+    fn vector(&mut self, name: &str, _: usize) -> Result<(), ModelError> {
+        self.names.insert(self.weights.stored_name(name));
+        Ok(())
     }
 }
 

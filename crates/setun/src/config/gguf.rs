@@ -51,6 +51,7 @@ impl ModelConfig {
             let expected = format!("{head_dim}, as attention.key_length is");
             return Err(value_error(&keys.name("attention.value_length"), value_dim, expected));
         }
+        refuse_unknown_numerics(&keys, head_dim)?;
         let has = |name: &str| file.info(name).is_some();
         let max_positions = keys.need_size("context_length")?;
         let tokenizer_id = |key: &str| -> Result<Option<u32>, ModelError> {
@@ -248,6 +249,43 @@ impl Keys<'_> {
     }
 }
 
+/// Refuses keys of other families by which a model computes something else than the blocks here.
+fn refuse_unknown_numerics(keys: &Keys, head_dim: usize) -> Result<(), ModelError> {
+    let own_scale = 1.0 / (head_dim as f32).sqrt();
+    let neutral: [(&str, &[f32]); 7] = [
+        ("logit_scale", &[1.0]),
+        ("embedding_scale", &[1.0]),
+        ("residual_scale", &[1.0]),
+        ("attn_logit_softcapping", &[0.0]),
+        ("final_logit_softcapping", &[0.0]),
+        ("attention.scale", &[0.0, own_scale]),
+        ("attention.clamp_kqv", &[0.0]),
+    ];
+    for (key, neutral) in neutral {
+        if let Some(found) = keys.float(key)?
+            && !neutral.iter().any(|n| (found - n).abs() <= 1e-6 * n.abs())
+        {
+            let expected = format!("absent or {}, since nothing here applies it", neutral[0]);
+            return Err(value_error(&keys.name(key), found, expected));
+        }
+    }
+    if let Some(experts) = keys.size("expert_count")?.filter(|&n| n > 0) {
+        return Err(value_error(
+            &keys.name("expert_count"),
+            experts,
+            "absent or 0: mixtures of experts are not run",
+        ));
+    }
+    if keys.meta.bool(&keys.name("attention.causal"))? == Some(false) {
+        return Err(value_error(
+            &keys.name("attention.causal"),
+            false,
+            "absent or true: encoders are not run",
+        ));
+    }
+    Ok(())
+}
+
 /// Ternary by its tensors; a BitNet architecture is ternary even where a file stores float copies of the weights.
 fn is_ternary(file: &Checkpoint, family: Family) -> bool {
     matches!(family, Family::BitNet | Family::BitNetSilu)
@@ -358,6 +396,21 @@ mod tests {
             assert!([config.heads, config.kv_heads, config.intermediate_size].contains(&2), "{key}");
             let error = read(&[(key, each(2, 1))]).unwrap_err().to_string();
             assert!(error.contains(key) && error.contains("all 2 layers"), "{error}");
+        }
+    }
+
+    #[test]
+    fn keys_that_change_what_is_computed_are_refused_unless_neutral() {
+        for (key, other, neutral) in [
+            ("logit_scale", Value::F32(0.25), Value::F32(1.0)),
+            ("attention.scale", Value::F32(0.1), Value::F32(0.5)),
+            ("final_logit_softcapping", Value::F32(30.0), Value::F32(0.0)),
+            ("expert_count", Value::U32(8), Value::U32(0)),
+            ("attention.causal", Value::Bool(false), Value::Bool(true)),
+        ] {
+            let error = read(&[(key, other)]).unwrap_err().to_string();
+            assert!(error.contains(&format!("llama.{key}")), "{error}");
+            assert_eq!(read(&[(key, neutral)]).unwrap(), read(&[]).unwrap(), "{key}");
         }
     }
 
