@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use setun::convert::{ConvertOptions, ConvertReport, Target, convert as convert_model};
 use setun::format::{Encoding, ScaleConvention};
 
-use crate::{model, output, progress};
+use crate::{WrongUsage, model, output, progress};
 
 /// Rewrite a model in another format, losing nothing: ternary weights and their scales keep every bit, or it is refused.
 ///
@@ -74,6 +74,12 @@ enum Meaning {
 }
 
 pub fn convert(args: ConvertArgs) -> Result<()> {
+    if let (Format::Gguf, Some(_)) = (args.to, args.scales) {
+        return Err(WrongUsage(
+            "--scales is about Hugging Face folders: leave it out, or use --to hf".into(),
+        )
+        .into());
+    }
     let file = model::open(Some(&args.input))?;
     let tokenizer = args.tokenizer.as_deref().map(model::tokenizer_at).transpose()?;
     let options = ConvertOptions {

@@ -123,6 +123,7 @@ pub fn convert(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<ConvertReport, ModelError> {
     let config = ModelConfig::of(file)?;
+    Weights::new(file, &config).check_all_used()?;
     let planned = plan::tensors(file, &config)?;
     check_types(&config, &planned, options)?;
     let job = Job { file, config: &config, planned: &planned, options };
@@ -145,7 +146,7 @@ pub fn convert(
             (items, tokenizer)
         }
         Target::HuggingFace => {
-            let (items, scales) = huggingface::items(&job)?;
+            let (items, scales) = huggingface::items(&job, &mut notes)?;
             encoder.convention = scales;
             let specs = items.iter().map(|i| i.spec.clone()).collect();
             let writer = SafetensorsWriter::create(&staging.path.join("model.safetensors"), &[], specs)?;

@@ -2,11 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
+use setun::config::ModelConfig;
 use setun::convert::{ConvertOptions, ConvertReport, Target, convert};
 use setun::cpu::ActivationType;
 use setun::engine::{Engine, EngineOptions};
-use setun::format::{Checkpoint, Encoding, ScaleConvention};
+use setun::format::gguf::{GgufWriter, Metadata, Value};
+use setun::format::{Checkpoint, Encoding, ScaleConvention, TensorInfo, TensorSpec};
 use setun::kv_cache::KvType;
+use setun::recommended::Recommended;
 use setun::tokenizer::Tokenizer;
 
 fn golden(path: &str) -> PathBuf {
@@ -257,6 +260,80 @@ fn rope_variants_and_families_keep_their_logits() {
 }
 
 #[test]
+fn packed_folders_have_one_float_type_since_their_readers_cast_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, hf) = (folder.path().join("m.gguf"), folder.path().join("hf"));
+    let narrowed = ConvertOptions { embedding_type: Some(Encoding::F16), ..gguf(None) };
+    run(&model("bitnet-tied-packed-small"), &file, narrowed).unwrap();
+    let report = run(&file, &hf, huggingface(None)).unwrap();
+    assert_eq!(report.types.keys().collect::<Vec<_>>(), ["F32", "U8"]);
+    assert_eq!(bits(&logits(&file)), bits(&logits(&hf)));
+    // Asking for a mixture is allowed, and said.
+    let mixed = ConvertOptions { embedding_type: Some(Encoding::F16), force: true, ..huggingface(None) };
+    let report = run(&file, &hf, mixed).unwrap();
+    assert!(report.notes.iter().any(|note| note.contains("--embedding-type")), "{:?}", report.notes);
+    // A folder of one type keeps it, scales included.
+    let report =
+        run(&model("bitnet-untied-packed"), &folder.path().join("again"), huggingface(None)).unwrap();
+    assert_eq!(report.types.keys().collect::<Vec<_>>(), ["BF16", "U8"]);
+}
+
+#[test]
+fn tensors_without_a_place_in_the_model_are_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let cut = folder.path().join("cut.gguf");
+    let file = Checkpoint::open(model("llama-bf16-gguf").join("llama-bf16-q8_0.gguf")).unwrap();
+    let mut metadata = Metadata::new();
+    for (key, value) in file.gguf_metadata().unwrap().iter() {
+        metadata.insert(key, if key == "llama.block_count" { Value::U32(1) } else { value.clone() });
+    }
+    let spec = |t: &TensorInfo| TensorSpec {
+        name: t.name.clone(),
+        shape: t.shape.clone(),
+        encoding: t.encoding.clone(),
+    };
+    let mut writer = GgufWriter::create(&cut, &metadata, file.tensors().map(spec).collect()).unwrap();
+    while let Some(name) = writer.pending().map(|spec| spec.name.clone()) {
+        writer.tensor(&file.tensor(&name).unwrap().data).unwrap();
+    }
+    writer.finish().unwrap();
+    let file = Checkpoint::open(&cut).unwrap();
+    let config = ModelConfig::of(&file).unwrap();
+    let refused = [
+        Engine::load(&file, config, &EngineOptions::default()).map(|_| ()).unwrap_err().to_string(),
+        run(&cut, &folder.path().join("out"), huggingface(None)).unwrap_err(),
+    ];
+    for message in refused {
+        assert!(message.contains("`blk.1.") && message.contains("1 layers"), "{message}");
+    }
+}
+
+#[test]
+fn recommended_sampling_goes_along_both_ways() {
+    let (folder, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for entry in std::fs::read_dir(model("bitnet-tied-packed-small")).unwrap().map(|e| e.unwrap().path()) {
+        if entry.is_file() {
+            std::fs::copy(&entry, folder.path().join(entry.file_name().unwrap())).unwrap();
+        }
+    }
+    let generation =
+        r#"{ "eos_token_id": 2, "do_sample": true, "temperature": 0.6, "top_p": 0.9, "top_k": null }"#;
+    std::fs::write(folder.path().join("generation_config.json"), generation).unwrap();
+    let (file, back) = (out.path().join("m.gguf"), out.path().join("back"));
+    run(folder.path(), &file, gguf(None)).unwrap();
+    run(&file, &back, huggingface(None)).unwrap();
+    let expected = Recommended { temperature: Some(0.6), top_p: Some(0.9), ..Recommended::default() };
+    for path in [folder.path(), &file, &back] {
+        assert_eq!(
+            Recommended::of(&Checkpoint::open(path).unwrap()).unwrap(),
+            expected,
+            "{}",
+            path.display()
+        );
+    }
+}
+
+#[test]
 fn what_gguf_cannot_say_is_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("a.gguf");
@@ -353,6 +430,9 @@ fn an_existing_output_is_replaced_only_on_request_and_only_by_its_like() {
     let hf = folder.path().join("hf");
     run(&source, &hf, huggingface(None)).unwrap();
     run(&source, &hf, force(huggingface(None))).unwrap();
+    std::fs::write(hf.join("thesis.txt"), "years").unwrap();
+    assert!(run(&source, &hf, force(huggingface(None))).unwrap_err().contains("thesis.txt"));
+    assert_eq!(std::fs::read(hf.join("thesis.txt")).unwrap(), b"years");
     assert_eq!(entries(folder.path()), ["hf", "out", "photos"]);
 }
 

@@ -41,7 +41,7 @@ impl<'a> Encoder<'a> {
         let (spec, job) = (&item.spec, self.job);
         let bytes = match &item.part {
             Part::Given(values) => encode_floats(&spec.name, values, values.len(), &spec.encoding)?,
-            Part::Scale(index) => self.packed(&job.planned[*index])?.1,
+            Part::Scale(index) => self.packed(&job.planned[*index], &spec.encoding)?.1,
             Part::Tensor(index) => {
                 let planned = &job.planned[*index];
                 match (planned.role, planned.ternary) {
@@ -50,7 +50,9 @@ impl<'a> Encoder<'a> {
                         self.unscale_bias(&planned.name, &mut values)?;
                         self.floats(planned, &values, values.len(), &spec.encoding)?
                     }
-                    (Some(_), true) if spec.encoding == Encoding::U8 => self.packed(planned)?.0,
+                    (Some(_), true) if spec.encoding == Encoding::U8 => {
+                        self.packed(planned, &Encoding::F32)?.0
+                    }
                     (Some(role), true) => {
                         self.ternary(&read_ternary(job, planned, role)?, planned, &spec.encoding)?
                     }
@@ -125,9 +127,10 @@ impl<'a> Encoder<'a> {
         Ok(bytes)
     }
 
-    fn packed(&mut self, planned: &Planned) -> Result<(Vec<u8>, Vec<u8>), ModelError> {
+    /// Codes and the scale beside them, that in the type `scale`.
+    fn packed(&mut self, planned: &Planned, scale: &Encoding) -> Result<(Vec<u8>, Vec<u8>), ModelError> {
         let matrix = read_ternary(self.job, planned, Role::Ternary)?;
-        let done = encode_hf_packed(&planned.name, &matrix, self.convention, &Encoding::F32, self.scaling());
+        let done = encode_hf_packed(&planned.name, &matrix, self.convention, scale, self.scaling());
         let done = done.map_err(|error| match self.convention {
             ScaleConvention::Divide => advise(error, "--scales multiply keeps any scale"),
             ScaleConvention::Multiply => error,

@@ -9,10 +9,11 @@ use super::plan::{Item, Part, Planned};
 use crate::config::{Exceptions, ModelConfig, Numerics, RopeScaling, Storage, Ternary};
 use crate::error::ModelError;
 use crate::format::{CheckpointKind, Encoding, ScaleConvention, TensorSpec};
+use crate::recommended::Recommended;
 use crate::tokenizer::Tokenizer;
 
 /// Files that belong to a model and say nothing about how its weights are stored.
-const COMPANIONS: [&str; 12] = [
+pub(super) const COMPANIONS: [&str; 12] = [
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -28,9 +29,11 @@ const COMPANIONS: [&str; 12] = [
 ];
 
 /// The tensors, and what the scales beside packed ones mean.
-pub(super) fn items(job: &Job) -> Result<(Vec<Item>, ScaleConvention), ModelError> {
+pub(super) fn items(job: &Job, notes: &mut Vec<String>) -> Result<(Vec<Item>, ScaleConvention), ModelError> {
     // What config.json cannot say is refused before anything is written.
     config(job, ScaleConvention::Multiply)?;
+    let scales = convention(job);
+    let widen = job.is_ternary() && floats_differ(job);
     let mut items = Vec::with_capacity(job.planned.len() * 2);
     for (index, planned) in job.planned.iter().enumerate() {
         let spec = |name: String, shape: Vec<usize>, encoding| TensorSpec { name, shape, encoding };
@@ -43,19 +46,49 @@ pub(super) fn items(job: &Job) -> Result<(Vec<Item>, ScaleConvention), ModelErro
                     let why = format!("{rows} rows are not a multiple of 4");
                     return Err(ModelError::CannotEncode { name, encoding: "packed uint8", why });
                 }
-                put(spec(format!("{name}_scale"), vec![1], Encoding::F32), Part::Scale(index));
+                let scale_type = if widen { Encoding::F32 } else { scale_type(job, planned, scales) };
+                put(spec(format!("{name}_scale"), vec![1], scale_type), Part::Scale(index));
                 put(spec(name, vec![rows / 4, cols], Encoding::U8), Part::Tensor(index));
             }
-            (Some(_), false) => {
-                let encoding = job.float_type(planned);
+            _ => {
+                let own = float_type(job, planned);
+                let asked = planned.role.is_some() && job.options.embedding_type.is_some();
+                let encoding = if widen && !asked { Encoding::F32 } else { own };
                 put(spec(name, planned.shape.clone(), encoding), Part::Tensor(index));
-            }
-            (None, _) => {
-                put(spec(name, planned.shape.clone(), vector_type(job, planned)), Part::Tensor(index));
             }
         }
     }
-    Ok((items, convention(job)))
+    if widen && job.options.embedding_type.as_ref().is_some_and(|asked| *asked != Encoding::F32) {
+        let note = "embedding and norms have different float types, with which `transformers` cannot run a packed model: leave \
+                    --embedding-type out, or ask for f32";
+        notes.push(note.into());
+    }
+    Ok((items, scales))
+}
+
+fn float_type(job: &Job, planned: &Planned) -> Encoding {
+    if planned.role.is_some() { job.float_type(planned) } else { vector_type(job, planned) }
+}
+
+/// Whether the tensors that stay floats would have several types. `transformers` casts those of a float model to one as it
+/// loads them, but those of a packed one not, and its products then refuse their operands.
+fn floats_differ(job: &Job) -> bool {
+    let mut types = job.planned.iter().filter(|p| !p.ternary).map(|p| float_type(job, p));
+    let first = types.next();
+    types.any(|other| Some(other) != first)
+}
+
+/// The scale's own type in the source, which holds it exactly; F32 where it is another number there, or none.
+fn scale_type(job: &Job, planned: &Planned, scales: ScaleConvention) -> Encoding {
+    let own = match &job.config.numerics {
+        Numerics::Ternary(Ternary { storage: Storage::Divide, .. }) => Some(ScaleConvention::Divide),
+        Numerics::Ternary(Ternary { storage: Storage::Multiply, .. }) => Some(ScaleConvention::Multiply),
+        _ => None,
+    };
+    match job.file.info(&format!("{}_scale", planned.name)).map(|info| &info.encoding) {
+        Some(half @ (Encoding::F16 | Encoding::BF16)) if own == Some(scales) => half.clone(),
+        _ => Encoding::F32,
+    }
 }
 
 /// Vectors keep their type, but a bias that a scale was multiplied into is an f32 product.
@@ -147,10 +180,10 @@ pub(super) fn write_files(
         tokenizer.map_or(&[][..], Tokenizer::eos_ids).iter().filter(|id| !job.config.eos.contains(id)),
     );
     let bos = tokenizer.and_then(Tokenizer::bos).or(job.config.bos);
-    write_json(
-        &folder.join("generation_config.json"),
-        &json!({ "bos_token_id": bos, "eos_token_id": ends }),
-    )?;
+    let mut generation = Recommended::of(job.file)?.to_json();
+    generation.insert("bos_token_id".into(), json!(bos));
+    generation.insert("eos_token_id".into(), json!(ends));
+    write_json(&folder.join("generation_config.json"), &generation.into())?;
     let Some(tokenizer) = tokenizer else {
         notes.push("there is no tokenizer in it".into());
         return Ok(false);

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use super::huggingface::COMPANIONS;
 use crate::error::ModelError;
 
 /// A hidden sibling of the target; removed when dropped unfinished.
@@ -70,23 +71,39 @@ fn check_target(target: &Path, folder: bool, force: bool) -> Result<(), ModelErr
         found => found.map_err(|e| ModelError::read(target, e))?,
     };
     let what = match (force, folder, found.is_dir()) {
-        (false, ..) => "exists already, and is replaced only when that is asked for (--force)",
+        (false, ..) => "exists already, and is replaced only when that is asked for (--force)".to_owned(),
         (true, true, false) => {
-            "is a file, and the output would be a folder: remove it, or choose another name"
+            "is a file, and the output would be a folder: remove it, or choose another name".to_owned()
         }
-        (true, false, true) => "is a folder, and the output would be a file: choose another name",
+        (true, false, true) => "is a folder, and the output would be a file: choose another name".to_owned(),
         // A slip must not cost someone's other files.
-        (true, true, true) if !is_replaceable(target) => {
-            "is neither a model folder (with a config.json) nor empty, so it is not replaced: choose another name"
-        }
-        _ => return Ok(()),
+        (true, true, true) => match foreign_entry(target)? {
+            None => return Ok(()),
+            Some(name) => format!(
+                "holds `{name}`, which no conversion writes, so it is not replaced: move that away, or choose another name"
+            ),
+        },
+        (true, false, false) => return Ok(()),
     };
     Err(ModelError::format(target, what))
 }
 
-fn is_replaceable(folder: &Path) -> bool {
-    folder.join("config.json").is_file()
-        || fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
+/// Something in a folder that is no part of a model as this module writes or copies it.
+fn foreign_entry(folder: &Path) -> Result<Option<String>, ModelError> {
+    let failed = |e| ModelError::read(folder, e);
+    let mut foreign = Vec::new();
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let ours = name == "config.json"
+            || COMPANIONS.contains(&name.as_str())
+            || name.ends_with(".safetensors")
+            || name.ends_with(".safetensors.index.json");
+        if !ours || entry.file_type().map_err(failed)?.is_dir() {
+            foreign.push(name);
+        }
+    }
+    Ok(foreign.into_iter().min())
 }
 
 fn sibling(target: &Path, what: &str) -> Result<PathBuf, ModelError> {
