@@ -13,24 +13,29 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::TrainConfig;
 use crate::error::TrainError;
+use crate::metrics::Window;
 use crate::optimizer::AdamW;
 use crate::params::Params;
 
 const TENSORS: &str = "state.safetensors";
 const STATE: &str = "state.json";
-const FORMAT: u32 = 1;
+/// Version of this layout.
+pub(crate) const FORMAT: u32 = 1;
 
 /// What a checkpoint holds besides tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct State {
     /// Version of this layout.
-    format: u32,
+    pub(crate) format: u32,
     /// Optimiser steps taken.
     pub step: u64,
     /// Training tokens seen.
     pub tokens: u64,
     /// Seconds of training so far.
     pub elapsed: f64,
+    /// What the next line of the metrics already averages.
+    #[serde(default)]
+    pub window: Window,
     /// Place in the training data, as [`crate::data::Batches::state`] gives it.
     pub data: serde_json::Value,
     /// The best held-out measurement so far.
@@ -46,20 +51,6 @@ pub struct Best {
     pub step: u64,
     /// Mean over the sets, bits per byte.
     pub bits_per_byte: f64,
-}
-
-impl State {
-    /// A state of this version.
-    pub fn new(
-        step: u64,
-        tokens: u64,
-        elapsed: f64,
-        data: serde_json::Value,
-        best: Option<Best>,
-        config: TrainConfig,
-    ) -> Self {
-        Self { format: FORMAT, step, tokens, elapsed, data, best, config }
-    }
 }
 
 /// The checkpoints of one run.

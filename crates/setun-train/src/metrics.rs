@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::Score;
 use crate::error::TrainError;
+use crate::trainer::StepReport;
 use crate::vocabulary::write_whole;
 
 /// One line.
@@ -74,6 +75,40 @@ impl Metrics {
     pub fn bits_per_byte(&self, name: &str) -> Option<f64> {
         let value = self.other.get(&format!("eval_{name}_bits_per_byte"))?;
         value.as_f64()
+    }
+}
+
+/// The steps since the last line; part of a checkpoint, so that a resumed run writes the line it would have written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Window {
+    loss: f64,
+    steps: u64,
+    tokens: u64,
+    seconds: f64,
+}
+
+impl Window {
+    /// Counts a step of so many tokens.
+    pub fn add(&mut self, report: &StepReport, tokens: u64) {
+        self.loss += report.loss;
+        self.steps += 1;
+        self.tokens += tokens;
+        self.seconds += tokens as f64 / report.tokens_per_s;
+    }
+
+    /// The line after the step `report`, with the means of all steps counted, which must be one at least; begins anew.
+    pub fn take_line(&mut self, report: &StepReport) -> Metrics {
+        let Self { loss, steps, tokens, seconds } = std::mem::take(self);
+        Metrics {
+            step: report.step,
+            tokens: Some(report.tokens),
+            loss: Some(loss / steps as f64),
+            lr: Some(report.lr),
+            grad_norm: Some(report.grad_norm),
+            tokens_per_s: Some(tokens as f64 / seconds),
+            elapsed: Some(report.elapsed),
+            ..Metrics::default()
+        }
     }
 }
 

@@ -5,13 +5,13 @@ use std::time::Instant;
 
 use setun::config::RopeTable;
 
-use crate::checkpoint::{Best, Checkpoint, Checkpoints, State};
-use crate::config::TrainConfig;
-use crate::data::{Batch, Batches, HeldOut, Score};
+use crate::checkpoint::{Best, Checkpoint, Checkpoints, FORMAT, State};
+use crate::config::{SourceSection, TrainConfig};
+use crate::data::{Batch, Batches, HeldOut, Score, documents};
 use crate::engine::Engine;
 use crate::error::TrainError;
 use crate::loss::{IGNORE, Loss};
-use crate::metrics::{Metrics, MetricsWriter};
+use crate::metrics::{Metrics, MetricsWriter, Window};
 use crate::optimizer::AdamW;
 use crate::params::{self, ParamId, Params, TrainModel};
 use crate::schedule;
@@ -37,6 +37,7 @@ pub struct Trainer {
     step: u64,
     tokens: u64,
     elapsed: f64,
+    window: Window,
     best: Option<Best>,
     last_saved: Option<PathBuf>,
 }
@@ -127,6 +128,7 @@ impl Trainer {
     }
 
     fn start(config: TrainConfig, checkpoint: Option<Checkpoint>) -> Result<Self, TrainError> {
+        documents::check_held_out(&config.data)?;
         let vocabulary = Vocabulary::prepare(&config)?;
         let data = Batches::new(&config, &vocabulary)?;
         let sets = config.data.valid.iter();
@@ -147,6 +149,7 @@ impl Trainer {
             step: 0,
             tokens: 0,
             elapsed: 0.0,
+            window: Window::default(),
             best: None,
             last_saved: None,
             config,
@@ -173,10 +176,11 @@ impl Trainer {
             *m = checkpoint.take("adam_m", &param.name, &shape)?;
             *v = checkpoint.take("adam_v", &param.name, &shape)?;
         }
-        let State { step, tokens, elapsed, data, best, .. } = checkpoint.state;
+        let State { step, tokens, elapsed, window, data, best, .. } = checkpoint.state;
         self.data.restore(&data)?;
         self.optimizer.steps = step;
         (self.step, self.tokens, self.elapsed, self.best) = (step, tokens, elapsed, best);
+        self.window = window;
         self.last_saved = Some(self.checkpoints.path(step));
         Ok(())
     }
@@ -284,15 +288,14 @@ impl Trainer {
         let settings = self.config.train.clone();
         let total = self.config.total_steps();
         let due = |step: u64, every: u64| step == total || (every > 0 && step.is_multiple_of(every));
-        let mut window = Window::default();
         while self.step < total {
             let report = self.step()?;
-            window.add(&report, self.config.tokens_per_step());
+            self.window.add(&report, self.config.tokens_per_step());
             progress.step(&report);
             let step = report.step;
             let stop = progress.stop();
 
-            let mut line = due(step, settings.log_every).then(|| window.take_line(&report));
+            let mut line = due(step, settings.log_every).then(|| self.window.take_line(&report));
             let mut improved = false;
             if due(step, settings.eval_every) && !self.held_out.is_empty() {
                 let limit = (step < total).then_some(settings.eval_tokens);
@@ -331,8 +334,16 @@ impl Trainer {
     /// # Errors
     /// When it cannot be written.
     pub fn save(&mut self) -> Result<PathBuf, TrainError> {
-        let config = self.config.clone();
-        let state = State::new(self.step, self.tokens, self.elapsed, self.data.state(), self.best, config);
+        let state = State {
+            format: FORMAT,
+            step: self.step,
+            tokens: self.tokens,
+            elapsed: self.elapsed,
+            window: self.window,
+            data: self.data.state(),
+            best: self.best,
+            config: self.config.clone(),
+        };
         let folder = self.checkpoints.save(&state, &self.params, &self.optimizer, self.config.train.keep)?;
         self.last_saved = Some(folder.clone());
         Ok(folder)
@@ -390,38 +401,6 @@ pub fn forward(model: &TrainModel, tape: &mut Tape, batch: &Batch, weight: f32) 
     tape.cross_entropy(&hidden, head(model), &batch.targets, weight)
 }
 
-/// Means since the last line of the metrics.
-#[derive(Default)]
-struct Window {
-    loss: f64,
-    steps: u64,
-    tokens: u64,
-    seconds: f64,
-}
-
-impl Window {
-    fn add(&mut self, report: &StepReport, tokens: u64) {
-        self.loss += report.loss;
-        self.steps += 1;
-        self.tokens += tokens;
-        self.seconds += tokens as f64 / report.tokens_per_s;
-    }
-
-    fn take_line(&mut self, report: &StepReport) -> Metrics {
-        let Self { loss, steps, tokens, seconds } = std::mem::take(self);
-        Metrics {
-            step: report.step,
-            tokens: Some(report.tokens),
-            loss: Some(loss / steps as f64),
-            lr: Some(report.lr),
-            grad_norm: Some(report.grad_norm),
-            tokens_per_s: Some(tokens as f64 / seconds),
-            elapsed: Some(report.elapsed),
-            ..Metrics::default()
-        }
-    }
-}
-
 /// Refuses settings that would make the next step another one. What is only measured, kept or logged may change, and so
 /// may the run's length and thread count.
 fn same_run(saved: &TrainConfig, now: &TrainConfig) -> Result<(), TrainError> {
@@ -433,6 +412,11 @@ fn same_run(saved: &TrainConfig, now: &TrainConfig) -> Result<(), TrainError> {
     };
     section("model", saved.model == now.model)?;
     section("optimizer", saved.optimizer == now.optimizer)?;
+    let mixture = |c: &TrainConfig| {
+        let part = |s: &SourceSection| (s.name.clone(), s.weight, s.weight_end);
+        c.data.sources.iter().map(part).collect::<Vec<_>>()
+    };
+    section("data.sources", mixture(saved) == mixture(now))?;
     section("data.seq_len", saved.data.seq_len == now.data.seq_len)?;
     section("train.batch", saved.train.batch == now.train.batch)?;
     section("train.accumulation", saved.train.accumulation == now.train.accumulation)?;

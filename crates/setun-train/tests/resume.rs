@@ -43,6 +43,25 @@ fn three_steps_a_stop_and_three_more_have_the_bits_of_six() {
 }
 
 #[test]
+fn a_stop_between_two_lines_of_metrics_changes_neither() {
+    let folder = tempfile::tempdir().unwrap();
+    write_corpus(folder.path());
+    let losses = |name: &str, stop: Option<u64>| {
+        let mut config = config(folder.path(), "ternary", name, 6);
+        config.train.log_every = 4;
+        if let Some(steps) = stop {
+            Trainer::new(config.clone()).unwrap().run(&mut StopAfter(steps)).unwrap();
+            Trainer::resume(config).unwrap().run(&mut ()).unwrap();
+        } else {
+            Trainer::new(config).unwrap().run(&mut ()).unwrap();
+        }
+        let lines = setun_train::metrics::read(&folder.path().join(name).join("metrics.jsonl")).unwrap();
+        lines.iter().map(|line| (line.step, line.loss)).collect::<Vec<_>>()
+    };
+    assert_eq!(losses("stopped", Some(3)), losses("whole", None));
+}
+
+#[test]
 fn a_run_keeps_its_newest_checkpoints_and_its_metrics() {
     let folder = tempfile::tempdir().unwrap();
     write_corpus(folder.path());
@@ -72,6 +91,10 @@ fn resuming_another_run_is_refused_with_the_setting_that_differs() {
     other.optimizer.lr = 0.5;
     let message = Trainer::resume(other).unwrap_err().to_string();
     assert!(message.contains("`optimizer`"), "{message}");
+    let mut other = made.clone();
+    other.data.sources[0].weight *= 2.0;
+    let message = Trainer::resume(other).unwrap_err().to_string();
+    assert!(message.contains("`data.sources`"), "{message}");
 
     // A checkpoint cut short is named.
     let tensors = Checkpoints::of(&made.train.out).path(3).join("state.safetensors");
@@ -92,6 +115,19 @@ fn a_step_that_diverges_stops_and_names_the_last_checkpoint() {
     let mut trainer = Trainer::new(config).unwrap();
     let message = trainer.run(&mut ()).unwrap_err().to_string();
     assert!(message.contains("diverged at step") && message.contains("step-0000000"), "{message}");
+}
+
+#[test]
+fn held_out_text_that_is_trained_on_is_refused_under_any_name() {
+    let folder = tempfile::tempdir().unwrap();
+    write_corpus(folder.path());
+    let mut config = config(folder.path(), "ternary", "out", 3);
+    // The folder holds the held-out file too, so the source reads it.
+    config.data.sources[0].path = vec![folder.path().to_owned()];
+    let held_out = config.data.valid[0].path[0].clone();
+    config.data.valid[0].path[0] = folder.path().join(".").join(held_out.file_name().unwrap());
+    let message = Trainer::new(config).err().unwrap().to_string();
+    assert!(message.contains("data.valid.path") && message.contains("reads it too"), "{message}");
 }
 
 #[test]

@@ -7,10 +7,12 @@
 //! Documents lose their surrounding white space; empty ones are skipped. The same files give the same
 //! documents in the same order.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
+use crate::config::DataSection;
 use crate::error::TrainError;
 use crate::vocabulary::END_OF_TEXT;
 
@@ -38,6 +40,28 @@ pub(crate) fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, TrainError> {
         found.append(&mut inside);
     }
     Ok(found)
+}
+
+/// Refuses a held-out file that is trained on as well, under whatever name it is reached.
+pub(crate) fn check_held_out(data: &DataSection) -> Result<(), TrainError> {
+    let real = |path: &PathBuf| std::fs::canonicalize(path).map_err(|e| TrainError::read(path, e));
+    let mut trained = HashMap::new();
+    for source in &data.sources {
+        for file in files(&source.path)? {
+            trained.insert(real(&file)?, &source.name);
+        }
+    }
+    for set in &data.valid {
+        for file in files(&set.path)? {
+            if let Some(source) = trained.get(&real(&file)?) {
+                let field = format!("data.valid.path of `{}`", set.name);
+                let expected =
+                    format!("a file that is not trained on, but the source `{source}` reads it too");
+                return Err(TrainError::setting(field, file.display(), expected));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn has_extension(path: &Path, extension: &str) -> bool {
