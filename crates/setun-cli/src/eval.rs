@@ -27,7 +27,9 @@ enum Task {
 /// --window tokens that advance by --stride; every token but the first is scored once, with at least window - stride tokens
 /// before it (fewer at the start of the text). Bits per byte do not depend on the tokenizer. Keys and values are kept in f32.
 #[derive(clap::Args)]
-#[command(after_help = "Example: setun eval ppl --model MODEL --file wiki.test.raw --stride 512")]
+#[command(
+    after_help = "Example: setun eval ppl --model MODEL --file wiki.test.raw --window 2048 --stride 1024"
+)]
 struct PplArgs {
     /// Model file (GGUF, safetensors, llama2.c) or folder [default: the model in the program]
     #[arg(long, value_name = "MODEL")]
@@ -60,7 +62,7 @@ fn ppl(args: &PplArgs) -> Result<()> {
     let file = model::open(args.model.as_deref())?;
     let tokenizer = args.load.tokenizer(&file)?;
     let engine = args.load.engine(&file)?;
-    let context = args.window.unwrap_or(engine.config().max_positions);
+    let context = args.window.or(args.load.context).unwrap_or(engine.config().max_positions);
     let windows = Windows { context, stride: args.stride.unwrap_or((context / 2).max(1)) };
     let started = Instant::now();
     let bar = progress::steps(0, 0);

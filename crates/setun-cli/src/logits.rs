@@ -71,6 +71,12 @@ pub fn logits(args: LogitsArgs) -> Result<()> {
             .with_context(|| format!("sequence {n}"))?;
     }
     let seconds = started.elapsed().as_secs_f64();
+    if let Some(output) = outputs.iter().find(|o| o.values.iter().any(|v| !v.is_finite())) {
+        eprintln!(
+            "note: {} holds values that are not finite numbers (null in JSON): `setun info` names the tensors at fault",
+            output.name
+        );
+    }
     match &args.out {
         Some(path) if path.extension().is_some_and(|e| e == "json") => write_json(path, &outputs)?,
         Some(path) => write_safetensors(path, &outputs)?,

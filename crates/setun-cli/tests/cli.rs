@@ -116,6 +116,29 @@ fn run_json_counts_what_it_did() {
 }
 
 #[test]
+fn the_models_recommended_sampling_holds_unless_a_flag_says_otherwise() {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(golden(SMALL)).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_file())
+    {
+        std::fs::copy(&entry, folder.path().join(entry.file_name().unwrap())).unwrap();
+    }
+    let model = folder.path().display().to_string();
+    let recommend = |text: &str| std::fs::write(folder.path().join("generation_config.json"), text).unwrap();
+    recommend(r#"{ "temperature": 0, "top_k": 7 }"#);
+    let told = |more: &[&str]| {
+        json(&[&["run", &model, "-p", PROMPT, "-n", "20", "--kv", "f32", "--json"], more].concat())
+    };
+    let greedy = told(&[]);
+    assert_eq!((&greedy["temperature"], &greedy["top_k"]), (&0.0.into(), &7.into()));
+    assert!(CONTINUATION.starts_with(greedy["text"].as_str().unwrap()), "{greedy}");
+    assert_eq!(told(&["--top-k", "3"])["top_k"], 3);
+    assert!(stdout(&["info", &model]).contains("recommended: temperature 0, top_k 7"));
+    recommend(r#"{ "top_p": 3 }"#);
+    let message = failure(&["run", &model, "-p", PROMPT], 1);
+    assert!(message.contains("generation_config.json: top_p"), "{message}");
+}
+
+#[test]
 fn a_stop_string_ends_the_text_before_it() {
     let run = ["run", &small(), "-p", PROMPT, "-n", "32", "--temperature", "0"];
     let whole = stdout(&run);
@@ -271,6 +294,16 @@ fn info_tells_shape_packing_and_oddities() {
     assert!(stdout(&["info", &small()]).contains("31.57 % zeros"));
     let bare = json(&["info", golden("rope-llama-yarn").to_str().unwrap(), "--json"]);
     assert!(bare["odd"][0].as_str().unwrap().contains("without a tokenizer"));
+}
+
+#[test]
+fn the_attribution_of_the_default_model_travels_with_the_program() {
+    let works = stdout(&["info", "--attribution"]);
+    for licence in ["CDLA-Sharing-1.0", "creativecommons.org/licenses/by/4.0", "public domain in the US"] {
+        assert!(works.contains(licence), "{licence}");
+    }
+    assert!(stdout(&["info"]).contains("setun info --attribution"));
+    assert!(!stdout(&["info", &small()]).contains("--attribution"));
 }
 
 #[test]

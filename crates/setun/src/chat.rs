@@ -13,6 +13,11 @@ use std::io::Write;
 
 /// Instructions one rendering may execute. Real templates need a few hundred for each message.
 const FUEL: u64 = 10_000_000;
+/// Bytes of a template. The longest in circulation have about 30 thousand.
+const MAX_SOURCE: usize = 128 << 10;
+/// Stack for parsing and rendering, which recurse as deep as a template nests: enough for [`MAX_SOURCE`] bytes of nesting.
+/// Only what is used takes memory.
+const STACK: usize = 512 << 20;
 /// Bytes one rendering may write.
 const MAX_OUTPUT: usize = 64 << 20;
 const NAME: &str = "chat_template";
@@ -58,6 +63,14 @@ impl ChatTemplate {
     /// # Errors
     /// [`ModelError::ChatTemplate`] with the line at fault.
     pub fn new(source: &str) -> Result<Self, ModelError> {
+        if source.len() > MAX_SOURCE {
+            let what = format!("it has {} bytes, but at most {MAX_SOURCE} are accepted", source.len());
+            return Err(ModelError::ChatTemplate { what });
+        }
+        on_large_stack(|| Self::parse(source))
+    }
+
+    fn parse(source: &str) -> Result<Self, ModelError> {
         let mut environment = Environment::new();
         let syntax = minijinja::syntax::SyntaxConfig::builder()
             .trim_blocks(true)
@@ -83,6 +96,10 @@ impl ChatTemplate {
     /// [`ModelError::ChatTemplate`] with the template's own complaint (`raise_exception`: roles that do not
     /// alternate, say), or when it runs too long or writes too much.
     pub fn render(&self, messages: &[Message], context: &Context) -> Result<String, ModelError> {
+        on_large_stack(|| self.render_here(messages, context))
+    }
+
+    fn render_here(&self, messages: &[Message], context: &Context) -> Result<String, ModelError> {
         let template = self.environment.get_template(NAME).map_err(|error| failed(&error))?;
         let mut variables = context.extra.clone();
         let messages = serde_json::to_value(messages).unwrap_or_default();
@@ -116,6 +133,16 @@ pub fn encode_chat(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u3
         extra: serde_json::Map::new(),
     };
     tokenizer.encode_prompt(&ChatTemplate::new(source)?.render(messages, &context)?)
+}
+
+fn on_large_stack<T: Send>(work: impl FnOnce() -> Result<T, ModelError> + Send) -> Result<T, ModelError> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, work);
+        let thread = thread.map_err(|error| ModelError::ChatTemplate {
+            what: format!("no thread with a stack of {STACK} bytes can be had for it: {error}"),
+        })?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 fn failed(error: &Error) -> ModelError {
@@ -299,6 +326,21 @@ mod tests {
         let long = "{% set s = 'x' * 100000 %}{% for a in range(5000) %}{{ s }}{% endfor %}";
         assert!(render(long).is_err());
         assert!(render("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}").is_err());
+    }
+
+    #[test]
+    fn deep_nesting_is_an_answer_or_an_error_and_no_crash() {
+        let deep = [
+            format!("{{{{ {}1 }}}}", "-".repeat(100_000)),
+            format!("{{{{ {}1 }}}}", "1+".repeat(50_000)),
+            format!("{{{{ {}'a' }}}}", "'a'~".repeat(25_000)),
+            format!("{{% if 0 %}}{}{{% endif %}}", "{% elif 0 %}".repeat(10_000)),
+        ];
+        for source in deep {
+            let _ = render(&source);
+        }
+        let error = render(&" ".repeat(MAX_SOURCE + 1)).unwrap_err().to_string();
+        assert!(error.contains("at most"), "{error}");
     }
 
     #[test]

@@ -86,15 +86,20 @@ impl Exceptions {
     /// # Errors
     /// When a name is neither plain nor a valid regular expression.
     pub fn new(names: Vec<String>) -> Result<Self, ModelError> {
+        let refuse = |found: String, expected: &str| ModelError::ConfigValue {
+            field: "quantization_config.modules_to_not_convert".into(),
+            found,
+            expected: expected.into(),
+        };
+        // Real lists have a handful of names; these bounds keep a hostile one from costing seconds and gigabytes.
+        if names.len() > 1024 {
+            return Err(refuse(format!("{} names", names.len()), "at most 1024"));
+        }
         let patterns = names.iter().map(|name| {
             let pattern = format!(r"^(?:{name})(?:\.|$)");
-            regex::RegexBuilder::new(&pattern).size_limit(1 << 20).build().map_err(|_| {
-                ModelError::ConfigValue {
-                    field: "quantization_config.modules_to_not_convert".into(),
-                    found: format!("`{name}`"),
-                    expected: "a module name or a regular expression".into(),
-                }
-            })
+            let regex =
+                regex::RegexBuilder::new(&pattern).size_limit(1 << 16).dfa_size_limit(1 << 16).build();
+            regex.map_err(|_| refuse(format!("`{name}`"), "a module name or a short regular expression"))
         });
         Ok(Self { patterns: patterns.collect::<Result<_, _>>()?, names })
     }

@@ -100,7 +100,7 @@ pub enum ModelError {
         /// The valid range in words.
         expected: &'static str,
     },
-    /// A GGUF metadata key is missing, or holds a value of the wrong type.
+    /// A metadata key of a GGUF file or a setting beside a model is missing, of the wrong type or out of range.
     #[error("metadata key `{key}` {what}")]
     Metadata {
         /// The key.
@@ -124,7 +124,7 @@ pub enum ModelError {
     /// A forward pass gave no numbers.
     #[error(
         "the logits after {tokens} tokens are not numbers: the model's weights hold NaN or infinite values, so the file \
-         is damaged or was converted wrongly; `setun info` shows its scales"
+         is damaged or was converted wrongly; `setun info` names the tensors"
     )]
     NotFinite {
         /// Tokens fed so far.

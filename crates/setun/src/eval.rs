@@ -21,7 +21,7 @@ pub struct Perplexity {
     pub nats: f64,
     /// Tokens scored: all but the first of the text.
     pub tokens: usize,
-    /// Bytes of the text.
+    /// Bytes of the text, the first token's included, which has no score where the tokenizer adds no start token.
     pub bytes: usize,
 }
 
@@ -42,7 +42,8 @@ impl Perplexity {
 /// window's new part and everything in between. `progress` receives tokens scored and their total.
 ///
 /// # Errors
-/// When the text has fewer than two tokens, the windows do not fit the model, or the text cannot be tokenised.
+/// When the text has fewer than two tokens, the windows do not fit the model, the text cannot be tokenised, or the model's
+/// logits are not numbers.
 pub fn perplexity(
     engine: &Engine,
     tokenizer: &Tokenizer,
@@ -54,14 +55,10 @@ pub fn perplexity(
     let limit = engine.config().max_positions;
     if context < 2 || context > limit {
         let expected = format!("2 to {limit}, the model's own limit");
-        return Err(ModelError::ConfigValue {
-            field: "context".into(),
-            found: context.to_string(),
-            expected,
-        });
+        return Err(ModelError::ConfigValue { field: "window".into(), found: context.to_string(), expected });
     }
     if stride == 0 || stride >= context {
-        let expected = format!("1 to {}, below the context", context - 1);
+        let expected = format!("1 to {}, below the window", context - 1);
         return Err(ModelError::ConfigValue { field: "stride".into(), found: stride.to_string(), expected });
     }
     let ids = tokenizer.encode(text, true)?;
@@ -92,6 +89,9 @@ pub fn perplexity(
             }
         })?;
         scored = end;
+        if !result.nats.is_finite() {
+            return Err(ModelError::NotFinite { tokens: end });
+        }
         progress(result.tokens, ids.len() - 1);
     }
     Ok(result)

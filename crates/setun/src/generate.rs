@@ -90,7 +90,7 @@ pub fn generate(
         }
         logits.clear();
         logits.extend_from_slice(session.logits());
-        if logits.iter().any(|logit| logit.is_nan()) {
+        if logits.iter().any(|logit| !logit.is_finite()) {
             return Err(ModelError::NotFinite { tokens: session.len() });
         }
         let id = sampler.sample(&mut logits);
@@ -129,15 +129,15 @@ mod tests {
     use crate::sampler::Sampling;
     use setun_kernels::dense::{DenseData, DenseMatrix};
 
-    /// Weights that are all NaN.
-    struct Damaged;
+    /// Weights that are all the same.
+    struct Damaged(f32);
 
     impl Source for Damaged {
         type Matrix = CpuMatrix;
         type Vector = Vec<f32>;
 
         fn matrix(&mut self, _: &str, rows: usize, cols: usize, _: Role) -> Result<CpuMatrix, ModelError> {
-            let values = DenseData::F32(vec![f32::NAN; rows * cols]);
+            let values = DenseData::F32(vec![self.0; rows * cols]);
             Ok(CpuMatrix::Dense(DenseMatrix::new(rows, cols, values).unwrap()))
         }
 
@@ -163,13 +163,16 @@ mod tests {
             sub_norms: false,
             activation: Activation::Silu,
         };
-        let model = Model::build(ModelConfig::fresh(&shape, false).unwrap(), &mut Damaged).unwrap();
-        let engine = Engine::from_model(model, &EngineOptions::default());
-        let mut sampler = Sampler::new(Sampling::default()).unwrap();
-        let limits = Limits { max_tokens: 4, stop_ids: Vec::new() };
-        let mut session = engine.session(KvType::F16, None);
-        let error =
-            generate(&mut session, &tokenizer, &[1, 2], &mut sampler, &limits, &mut |_| true).unwrap_err();
-        assert!(matches!(error, ModelError::NotFinite { tokens: 2 }), "{error}");
+        for value in [f32::NAN, f32::INFINITY] {
+            let config = ModelConfig::fresh(&shape, false).unwrap();
+            let model = Model::build(config, &mut Damaged(value)).unwrap();
+            let engine = Engine::from_model(model, &EngineOptions::default());
+            let mut sampler = Sampler::new(Sampling::default()).unwrap();
+            let limits = Limits { max_tokens: 4, stop_ids: Vec::new() };
+            let mut session = engine.session(KvType::F16, None);
+            let told = generate(&mut session, &tokenizer, &[1, 2], &mut sampler, &limits, &mut |_| true);
+            let error = told.unwrap_err();
+            assert!(matches!(error, ModelError::NotFinite { tokens: 2 }), "{error}");
+        }
     }
 }

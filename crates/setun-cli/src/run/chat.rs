@@ -62,7 +62,18 @@ pub fn converse(speaker: Speaker, mut session: Session, sampling: Sampling) -> R
             Ok(!interrupt.asked())
         });
         interrupt.end();
-        let told = told?;
+        let told = match told {
+            Ok(told) => told,
+            // A closed stdout ends the program; what is wrong with a message is said, and the next one is awaited.
+            Err(error) if error.is::<std::io::Error>() => return Err(error),
+            Err(error) => {
+                eprintln!("error: {}", output::one_line(&error));
+                messages.pop();
+                session.truncate(0);
+                seen.clear();
+                continue;
+            }
+        };
         output::print("\n")?;
         let (new, rate) = (told.report.new_ids.len(), output::rate(told.report.decode_rate()));
         eprintln!("({new} tokens at {rate} tok/s)");
@@ -98,11 +109,12 @@ fn read_message() -> Result<Option<String>> {
     loop {
         eprint!("{}", if message.is_empty() { "> " } else { ". " });
         std::io::stderr().flush()?;
-        let mut line = String::new();
-        if std::io::stdin().lock().read_line(&mut line).context("cannot read the message")? == 0 {
+        let mut line = Vec::new();
+        if std::io::stdin().lock().read_until(b'\n', &mut line).context("cannot read the message")? == 0 {
             eprintln!();
             return Ok((!message.is_empty()).then_some(message));
         }
+        let line = String::from_utf8_lossy(&line);
         let line = line.trim_end_matches(['\n', '\r']);
         match line.strip_suffix('\\') {
             Some(start) => message = message + start + "\n",
