@@ -25,7 +25,7 @@ def mask(word):
 
 
 for seed in range(1, 21):
-    command = [setun, "run", model, "-p", "Once upon a time", "-n", "250", "--seed", str(seed)]
+    command = [setun, "run", model, "-p", "Once upon a time", "-n", "400", "--seed", str(seed)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     text = re.sub(r"[A-Za-z']+", mask, "Once upon a time" + text.rstrip())
     quoted = "\n".join("> " + line if line else ">" for line in text.split("\n"))
