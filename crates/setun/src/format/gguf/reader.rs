@@ -126,13 +126,13 @@ fn place(
     }
     drop(names);
     let data = cursor.bytes.get(data_start..).unwrap_or_default();
-    let (settled, evidence) = settle(cursor, &entries, data, alignment, options)?;
+    let settled = settle(cursor, &entries, data, alignment, options)?;
     let mut infos = Vec::with_capacity(entries.len());
     // (offset, bytes, entry), to find tensors that overlap.
     let mut spans = Vec::with_capacity(entries.len());
     for entry in entries {
-        let encoding = match settled.iter().find(|(id, _)| *id == entry.type_id) {
-            Some((_, encoding)) => encoding.clone(),
+        let encoding = match settled.iter().find(|s| s.id == entry.type_id) {
+            Some(settled) => settled.encoding.clone(),
             None => types::encoding(entry.type_id),
         };
         let bytes = stored_len(cursor, &entry, &encoding)?;
@@ -166,18 +166,25 @@ fn place(
             return Err(cursor.broken(&what));
         }
     }
-    Ok((infos, evidence))
+    Ok((infos, settled.into_iter().map(|s| s.evidence).collect()))
 }
 
-/// The encodings of type numbers with several meanings, and the evidence for them.
+/// What a type number with several meanings means in this file, and the evidence for it.
+struct Settled {
+    id: u32,
+    encoding: Encoding,
+    evidence: String,
+}
+
+/// Decides every such number that the file uses.
 fn settle(
     cursor: &Cursor<'_>,
     entries: &[Entry],
     data: &[u8],
     alignment: usize,
     options: OpenOptions,
-) -> Result<(Vec<(u32, Encoding)>, Vec<String>), ModelError> {
-    let (mut settled, mut evidence) = (Vec::new(), Vec::new());
+) -> Result<Vec<Settled>, ModelError> {
+    let mut settled = Vec::new();
     let mut starts: Vec<u64> = entries.iter().map(|e| e.offset).collect();
     starts.sort_unstable();
     for id in collisions::NUMBERS {
@@ -194,12 +201,11 @@ fn settle(
         if spans.is_empty() {
             continue;
         }
-        let (encoding, sentence) = collisions::decide(id, &spans, alignment, options)
+        let (encoding, evidence) = collisions::decide(id, &spans, alignment, options)
             .map_err(|what| ModelError::unsupported(cursor.path, what))?;
-        settled.push((id, encoding));
-        evidence.push(sentence);
+        settled.push(Settled { id, encoding, evidence });
     }
-    Ok((settled, evidence))
+    Ok(settled)
 }
 
 /// Elements of a tensor, if they can be counted.
