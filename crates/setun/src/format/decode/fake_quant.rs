@@ -22,6 +22,9 @@ impl Tensor<'_> {
     pub fn recognise_ternary(&self) -> Result<TernaryMatrix, ModelError> {
         let (rows, cols) = self.matrix_shape()?;
         let values = self.to_f32()?;
+        if values.is_empty() {
+            return Err(self.error(format!("has shape {:?}, so there are no weights", self.shape())));
+        }
         if let Some(index) = values.iter().position(|v| !v.is_finite()) {
             let (row, col) = (index / cols, index % cols);
             let what = format!("is {} at row {row}, column {col}, which is no finite number", values[index]);
@@ -33,7 +36,7 @@ impl Tensor<'_> {
         parts.push((1, cols));
         parts.extend(GROUPS.into_iter().filter(|group| *group < cols).map(|group| (1, group)));
         let mut misfit = None;
-        for (part_rows, part_cols) in parts.into_iter().filter(|part| part.0 * part.1 > 0) {
+        for (part_rows, part_cols) in parts {
             match magnitudes(&values, cols, part_rows, part_cols) {
                 Ok(scales) => {
                     let scales = match (part_rows, part_cols) {
@@ -51,9 +54,7 @@ impl Tensor<'_> {
                 Err(place) => misfit = Some(place),
             }
         }
-        let Some((first, second)) = misfit else {
-            return Err(self.error(format!("has shape {:?}, so there are no weights", self.shape())));
-        };
+        let (first, second) = misfit.expect("the whole tensor was tried");
         Err(self.error(format!(
             "is not ternary: beside ±{} there is {} at row {}, column {}, and no scale per tensor, shard, row or group of \
              32 columns or more explains both",
