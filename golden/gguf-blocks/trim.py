@@ -7,14 +7,14 @@ import json
 import struct
 import sys
 
-BLOCKS = [
-    "source", "ternary.source",
-    "F16.bytes", "F16.f32", "BF16.bytes", "BF16.f32", "Q8_0.bytes", "Q8_0.f32",
-    "TQ1_0.bytes", "TQ1_0.f32", "TQ2_0.bytes", "TQ2_0.f32",
-    "TQ1_0.nonternary.bytes", "TQ1_0.nonternary.f32",
-    "TQ2_0.nonternary.bytes", "TQ2_0.nonternary.f32",
-    "I2_S.x86.bytes",
+WITH_VALUES = [
+    "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+    "IQ4_NL", "MXFP4",
+    "TQ1_0", "TQ2_0", "TQ1_0.nonternary", "TQ2_0.nonternary",
 ]
+BLOCKS = ["source", "ternary.source"]
+BLOCKS += [f"{name}.{part}" for name in WITH_VALUES for part in ("bytes", "f32")]
+BLOCKS += [f"{name}.bytes" for name in ("I2_S.x86", "I2_S.neon", "I2_S.rows4", "IQ1_BN", "IQ2_BN")]
 PACKING = [
     "edge.pack.ternary", "edge.pack.packed", "basic.w_ternary", "basic.w_packed_u8",
     "batch3d.w_ternary", "batch3d.w_packed_u8", "edge.conv.packed",

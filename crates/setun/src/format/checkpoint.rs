@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use super::gguf::{self, Metadata};
 use super::llama2c::{self, Llama2cFacts};
 use super::mmap::FileBytes;
+use super::options::OpenOptions;
 use super::safetensors;
 use super::tensor::{Tensor, TensorInfo};
 use crate::error::ModelError;
@@ -33,6 +34,7 @@ pub struct Checkpoint {
     gguf: Option<Metadata>,
     header: Vec<(String, String)>,
     llama2c: Option<Llama2cFacts>,
+    evidence: Vec<String>,
     on_disk: bool,
 }
 
@@ -46,14 +48,22 @@ impl Checkpoint {
     /// [`ModelError::Read`] if the system refuses; [`ModelError::Format`] for files that break their
     /// format; [`ModelError::Unsupported`] for versions and containers that are not read.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, ModelError> {
+        Self::open_with(path, OpenOptions::default())
+    }
+
+    /// As [`open`](Self::open), with choices for what files leave open.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), and [`ModelError::Unsupported`] if a choice contradicts the file.
+    pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self, ModelError> {
         let path = path.as_ref();
         let found = std::fs::metadata(path).map_err(|e| ModelError::read(path, e))?;
         if !found.is_dir() {
-            return Self::from_file(path, FileBytes::open(path)?, true);
+            return Self::from_file(path, FileBytes::open(path)?, true, options);
         }
         match safetensors::find_in_folder(path)? {
             safetensors::Found::Single(file) => {
-                let mut checkpoint = Self::from_file(&file, FileBytes::open(&file)?, true)?;
+                let mut checkpoint = Self::from_file(&file, FileBytes::open(&file)?, true, options)?;
                 checkpoint.path = path.to_owned();
                 Ok(checkpoint)
             }
@@ -71,7 +81,19 @@ impl Checkpoint {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn from_bytes(name: &str, bytes: &'static [u8]) -> Result<Self, ModelError> {
-        Self::from_file(Path::new(name), FileBytes::Static(bytes), false)
+        Self::from_bytes_with(name, bytes, OpenOptions::default())
+    }
+
+    /// As [`from_bytes`](Self::from_bytes), with choices for what files leave open.
+    ///
+    /// # Errors
+    /// As [`open_with`](Self::open_with).
+    pub fn from_bytes_with(
+        name: &str,
+        bytes: &'static [u8],
+        options: OpenOptions,
+    ) -> Result<Self, ModelError> {
+        Self::from_file(Path::new(name), FileBytes::Static(bytes), false, options)
     }
 
     fn new(path: &Path, kind: CheckpointKind, files: Vec<FileBytes>, on_disk: bool) -> Self {
@@ -84,16 +106,23 @@ impl Checkpoint {
             gguf: None,
             header: Vec::new(),
             llama2c: None,
+            evidence: Vec::new(),
             on_disk,
         }
     }
 
-    fn from_file(path: &Path, bytes: FileBytes, on_disk: bool) -> Result<Self, ModelError> {
+    fn from_file(
+        path: &Path,
+        bytes: FileBytes,
+        on_disk: bool,
+        options: OpenOptions,
+    ) -> Result<Self, ModelError> {
         if bytes.starts_with(gguf::MAGIC) {
-            let header = gguf::reader::read(path, &bytes)?;
+            let header = gguf::reader::read(path, &bytes, options)?;
             let mut checkpoint = Self::new(path, CheckpointKind::Gguf, vec![bytes], on_disk);
             checkpoint.set_tensors(header.tensors);
             checkpoint.gguf = Some(header.metadata);
+            checkpoint.evidence = header.evidence;
             return Ok(checkpoint);
         }
         if safetensors::looks_like(&bytes) {
@@ -194,6 +223,12 @@ impl Checkpoint {
         if let Some(file) = self.files.get(info.file) {
             file.release(info.range.clone());
         }
+    }
+
+    /// A sentence for each decision about a layout that the file's header alone does not settle: what was decided,
+    /// or left open, and why. Empty for most files.
+    pub fn evidence(&self) -> &[String] {
+        &self.evidence
     }
 
     /// The metadata of a GGUF file.

@@ -12,13 +12,15 @@ pub mod encode;
 pub mod gguf;
 mod llama2c;
 mod mmap;
+mod options;
 mod output;
 mod safetensors;
 mod tensor;
 
 pub use checkpoint::{Checkpoint, CheckpointKind};
-pub use decode::{ScaleConvention, hf_packed_to_ternary};
+pub use decode::{ScaleConvention, hf_packed_to_ternary, mlx_to_ternary};
 pub use encode::{Scaling, encode_floats, encode_hf_packed, encode_ternary};
 pub use llama2c::{Llama2cFacts, Llama2cKind};
+pub use options::{I2sLayout, OpenOptions, Type42};
 pub use safetensors::SafetensorsWriter;
 pub use tensor::{Encoding, Tensor, TensorInfo, TensorSpec};

@@ -36,7 +36,18 @@ fn every_block_type_decodes_to_the_reference_values_bit_for_bit() {
     let cases = [
         ("F16", Encoding::F16),
         ("BF16", Encoding::BF16),
+        ("Q4_0", Encoding::Q4_0),
+        ("Q4_1", Encoding::Q4_1),
+        ("Q5_0", Encoding::Q5_0),
+        ("Q5_1", Encoding::Q5_1),
         ("Q8_0", Encoding::Q8_0),
+        ("Q2_K", Encoding::Q2K),
+        ("Q3_K", Encoding::Q3K),
+        ("Q4_K", Encoding::Q4K),
+        ("Q5_K", Encoding::Q5K),
+        ("Q6_K", Encoding::Q6K),
+        ("IQ4_NL", Encoding::IQ4NL),
+        ("MXFP4", Encoding::MXFP4),
         ("TQ1_0", Encoding::TQ1_0),
         ("TQ2_0", Encoding::TQ2_0),
         ("TQ1_0.nonternary", Encoding::TQ1_0),
@@ -45,19 +56,112 @@ fn every_block_type_decodes_to_the_reference_values_bit_for_bit() {
     for (name, encoding) in cases {
         let bytes = file.tensor(&format!("{name}.bytes")).unwrap().data.into_owned();
         let expected = file.tensor(&format!("{name}.f32")).unwrap().to_f32().unwrap();
-        let found = tensor(&SHAPE, encoding, &bytes).to_f32().unwrap();
-        assert_eq!(bits(&found), bits(&expected), "{name}");
+        let read = tensor(&SHAPE, encoding.clone(), &bytes);
+        assert_eq!(bits(&read.to_f32().unwrap()), bits(&expected), "{name}");
+        if encoding.is_float() {
+            let (dense, mut row) = (read.to_dense().unwrap(), vec![0.0; SHAPE[1]]);
+            dense.row_f32(3, &mut row);
+            assert_eq!(bits(&row), bits(&expected[3 * SHAPE[1]..]), "{name}");
+        }
     }
+}
+
+#[test]
+fn types_with_a_scale_per_row_decode_to_the_reference_weights() {
+    let file = fixture();
+    let (trits, scale) = ternary_source(&file);
+    let expected = |scale| TernaryMatrix::from_trits(4, 512, &trits, Scales::Tensor(scale)).unwrap();
+    for (name, encoding, scale) in
+        [("IQ2_BN", Encoding::IQ2BN, scale), ("IQ1_BN", Encoding::IQ1BN, half::f16::from_f32(scale).to_f32())]
+    {
+        let bytes = file.tensor(&format!("{name}.bytes")).unwrap().data.into_owned();
+        let read = tensor(&SHAPE, encoding.clone(), &bytes);
+        assert_eq!(read.to_ternary().unwrap(), expected(scale), "{name}");
+        let weights: Vec<f32> = trits.iter().map(|&t| f32::from(t) * scale).collect();
+        assert_eq!(bits(&read.to_f32().unwrap()), bits(&weights), "{name}");
+        // A row of another scale keeps its own, and a negative one turns its signs.
+        let mut changed = bytes.clone();
+        let width = bytes.len() / 4;
+        let negative = if encoding == Encoding::IQ1BN { vec![0, 0xb8] } else { vec![0, 0, 0, 0xbf] }; // -0.5
+        changed[2 * width..][..negative.len()].copy_from_slice(&negative);
+        let matrix = tensor(&SHAPE, encoding, &changed).to_ternary().unwrap();
+        assert_eq!(matrix.scales(), &Scales::Row(vec![scale, scale, 0.5, scale]), "{name}");
+        let signs = |c: usize| (matrix.trit(1, c), -matrix.trit(2, c));
+        assert!((0..512).all(|c| signs(c) == (trits[512 + c], trits[1024 + c])), "{name}");
+    }
+}
+
+#[test]
+fn every_layout_of_i2_s_decodes_to_the_same_matrix() {
+    let file = fixture();
+    let (trits, scale) = ternary_source(&file);
+    let expected = TernaryMatrix::from_trits(4, 512, &trits, Scales::Tensor(scale)).unwrap();
+    let cases = [("x86", Encoding::I2S), ("neon", Encoding::I2SNeon), ("rows4", Encoding::I2SRows4)];
+    for (name, encoding) in cases {
+        let mut bytes = file.tensor(&format!("I2_S.{name}.bytes")).unwrap().data.into_owned();
+        assert_eq!(tensor(&SHAPE, encoding.clone(), &bytes).to_ternary().unwrap(), expected, "{name}");
+        bytes[515] ^= 0x80; // The sign of the scale.
+        let mut turned = vec![0.0; 2048];
+        let negative = tensor(&SHAPE, encoding, &bytes).to_ternary().unwrap();
+        turned.chunks_mut(512).enumerate().for_each(|(r, row)| negative.dequantize_row(r, row));
+        assert_eq!(negative.scales(), &Scales::Tensor(scale));
+        assert!(turned.iter().zip(&trits).all(|(v, &t)| *v == -f32::from(t) * scale), "{name}");
+    }
+    // Interleaved rows may have any length, but come in fours.
+    let mut bytes = vec![0b10_01_00_10u8; 5 + 32];
+    bytes[5..9].copy_from_slice(&2f32.to_le_bytes());
+    let weights = tensor(&[4, 5], Encoding::I2SRows4, &bytes).to_f32().unwrap();
+    assert_eq!(weights, [[2.0; 5], [0.0; 5], [-2.0; 5], [2.0; 5]].concat());
+    assert!(tensor(&[5, 4], Encoding::I2SRows4, &bytes).to_ternary().is_err());
 }
 
 #[test]
 fn floats_encode_to_the_reference_bytes() {
     let file = fixture();
     let source = file.tensor("source").unwrap().to_f32().unwrap();
-    for encoding in [Encoding::F16, Encoding::BF16, Encoding::Q8_0] {
+    for encoding in [Encoding::F16, Encoding::BF16, Encoding::Q8_0, Encoding::Q4_0] {
         let bytes = encode_floats("w", &source, SHAPE[1], &encoding).unwrap();
         let expected = file.tensor(&format!("{encoding}.bytes")).unwrap();
         assert!(bytes == expected.data[..], "{encoding}");
+    }
+}
+
+#[test]
+fn rounding_to_few_bits_loses_no_more_than_the_reference_does() {
+    let file = fixture();
+    let source = file.tensor("source").unwrap().to_f32().unwrap();
+    let rmse = |values: &[f32]| {
+        let squares = values.iter().zip(&source).map(|(a, b)| f64::from(a - b).powi(2));
+        (squares.sum::<f64>() / source.len() as f64).sqrt()
+    };
+    for encoding in [Encoding::Q4_0, Encoding::Q6K] {
+        let bytes = encode_floats("w", &source, SHAPE[1], &encoding).unwrap();
+        let ours = rmse(&tensor(&SHAPE, encoding.clone(), &bytes).to_f32().unwrap());
+        let theirs = rmse(&file.tensor(&format!("{encoding}.f32")).unwrap().to_f32().unwrap());
+        assert!(ours <= 1.05 * theirs, "{encoding}: {ours} against {theirs}");
+    }
+}
+
+#[test]
+fn zeros_and_blocks_of_one_value_survive_rounding() {
+    for encoding in [Encoding::Q8_0, Encoding::Q4_0, Encoding::Q6K] {
+        for value in [0.0f32, 0.5, -2.0, 1e-30] {
+            let mut values = [0.0; 512];
+            values[256..].fill(value);
+            let bytes = encode_floats("w", &values, 256, &encoding).unwrap();
+            let found = tensor(&[2, 256], encoding.clone(), &bytes).to_f32().unwrap();
+            assert!(found[..256].iter().all(|v| *v == 0.0), "{encoding}");
+            let near =
+                |v: &f32| (v - value).abs() <= value.abs() * 1e-3 || value.abs() < 1e-20 && v.abs() < 1e-20;
+            assert!(found[256..].iter().all(near), "{encoding}, {value}: {}", found[256]);
+        }
+        let huge = encode_floats("w", &[3e38; 256], 256, &encoding).unwrap_err().to_string();
+        assert!(huge.contains("block 0") && huge.contains("beyond its range"), "{huge}");
+        let mut values = [1.0f32; 256];
+        values[0] = f32::NAN; // Followed by numbers: still found.
+        let error = encode_floats("w", &values, 256, &encoding).unwrap_err().to_string();
+        assert!(error.contains("block 0") && error.contains("NaN"), "{error}");
+        assert!(encode_floats("w", &[0.0; 40], 40, &encoding).is_err());
     }
 }
 
@@ -232,6 +336,8 @@ fn what_a_type_cannot_hold_is_refused_with_the_reason() {
     assert!(encode_ternary("w", &rows, &Encoding::TQ1_0, Scaling::Exact).is_ok());
     let fine = matrix(1, 256, Scales::Block { rows: 1, cols: 128, values: vec![1.0, 2.0] });
     assert!(refuse(&fine, Encoding::TQ2_0, Scaling::Round).contains("more than one scale"));
+    assert!(encode_ternary("w", &fine, &Encoding::PTQ1_0, Scaling::Exact).is_ok());
+    assert!(refuse(&fine, Encoding::IQ2BN, Scaling::Exact).contains("not IQ2_BN"));
     let odd = matrix(1, 256, Scales::Tensor(0.1));
     assert!(refuse(&odd, Encoding::TQ2_0, Scaling::Exact).contains("permission to round"));
     assert!(encode_ternary("w", &odd, &Encoding::TQ2_0, Scaling::Round).is_ok());

@@ -1,7 +1,7 @@
 //! GGUF: a builder of files, well-formed and not, and what becomes of them.
 
 use setun::format::gguf::{Array, GgufWriter, Metadata, Value};
-use setun::format::{Checkpoint, CheckpointKind, Encoding, TensorSpec};
+use setun::format::{Checkpoint, CheckpointKind, Encoding, I2sLayout, OpenOptions, TensorSpec};
 
 use super::{assert_refused, open};
 
@@ -166,17 +166,68 @@ fn a_tensor_of_type_36_that_is_larger_than_i2_s_is_refused() {
     };
     assert!(open(&file(96)).is_ok());
     assert_refused(&file(160), &["`a`", "type 36", "I2_S"]);
+    let last = |bytes| Builder::new(3, 1, 0).tensor("a", &[256], 36, 0).data(32, bytes);
+    assert!(open(&last(96)).is_ok() && open(&last(200)).is_ok());
+    assert_refused(&last(144), &["`a`", "type 36", "144 bytes"]);
+}
+
+#[test]
+fn the_size_tells_what_38_and_39_are() {
+    let file =
+        |id, bytes| open(&Builder::new(3, 1, 0).tensor("a", &[256, 8], id, 0).data(32, bytes)).unwrap();
+    for (id, bytes, name, words) in [
+        (39, 1088, "MXFP4", "type 39 is MXFP4"),
+        (39, 448, "TL2, whose tile sizes are not in the file,", "TL2 of bitnet.cpp"),
+        (38, 512, "TL1, whose tile sizes are not in the file,", "TL1 of bitnet.cpp"),
+        (38, 1152, "IQ4_NL_8_8 (removed)", "IQ4_NL_8_8"),
+    ] {
+        let file = file(id, bytes);
+        assert_eq!(file.info("a").unwrap().encoding.name(), name);
+        assert!(file.evidence()[0].contains(words), "{:?}", file.evidence());
+        let tensor = file.tensor("a").unwrap();
+        match tensor.to_f32() {
+            Ok(values) => assert_eq!((name, values.len()), ("MXFP4", 2048)),
+            Err(error) => assert!(error.to_string().contains(&format!("`a`: type {name}")), "{error}"),
+        }
+    }
+}
+
+#[test]
+fn the_layout_of_i2_s_is_the_published_one_unless_the_caller_says_otherwise() {
+    let layout = |i2s, cols| {
+        let bytes = Builder::new(3, 1, 0).tensor("a", &[cols, 4], 36, 0).data(32, cols as usize + 32);
+        let options = OpenOptions { i2s, ..OpenOptions::default() };
+        let file = Checkpoint::from_bytes_with("test", Vec::leak(bytes), options)?;
+        assert_eq!(file.evidence().len(), 1);
+        Ok::<_, setun::error::ModelError>((
+            file.info("a").unwrap().encoding.clone(),
+            file.evidence()[0].clone(),
+        ))
+    };
+    let (encoding, evidence) = layout(I2sLayout::X86, 256).unwrap();
+    assert_eq!(encoding, Encoding::I2S);
+    assert!(evidence.contains("blocks of 128") && evidence.contains("option `i2s`"), "{evidence}");
+    let (encoding, evidence) = layout(I2sLayout::Neon64, 192).unwrap();
+    assert_eq!(encoding, Encoding::I2SNeon);
+    assert!(evidence.contains("blocks of 64, because"), "{evidence}");
+    assert_eq!(layout(I2sLayout::Rows4, 60).unwrap().0, Encoding::I2SRows4);
+    let error = layout(I2sLayout::X86, 192).unwrap_err().to_string();
+    assert!(error.contains("multiple of 128") && error.contains("neon64"), "{error}");
+    let three = Builder::new(3, 1, 0).tensor("a", &[64, 3], 36, 0).data(32, 80);
+    let options = OpenOptions { i2s: I2sLayout::Rows4, ..OpenOptions::default() };
+    let error = Checkpoint::from_bytes_with("test", Vec::leak(three), options).unwrap_err().to_string();
+    assert!(error.contains("3 rows") && error.contains("multiple of 4"), "{error}");
 }
 
 #[test]
 fn types_that_are_not_read_are_listed_but_refused_on_use_by_name() {
     let bytes = Builder::new(3, 3, 0)
-        .tensor("q4", &[32], 2, 0)
-        .tensor("ids", &[2], 26, 32)
-        .tensor("odd", &[5], 999, 64)
-        .data(32, 96);
+        .tensor("iq", &[256], 23, 0)
+        .tensor("ids", &[2], 26, 160)
+        .tensor("odd", &[5], 999, 192)
+        .data(32, 224);
     let file = open(&bytes).unwrap();
-    for (name, kind) in [("q4", "Q4_0"), ("ids", "I32"), ("odd", "unknown type 999")] {
+    for (name, kind) in [("iq", "IQ4_XS"), ("ids", "I32"), ("odd", "unknown type 999")] {
         let tensor = file.tensor(name).unwrap();
         assert_eq!(tensor.info.encoding, Encoding::Other(kind.into()));
         let error = tensor.to_f32().unwrap_err().to_string();

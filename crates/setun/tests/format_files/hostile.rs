@@ -16,8 +16,42 @@ fn survive(bytes: &[u8]) -> bool {
 }
 
 /// A valid file of each kind.
-fn samples() -> [Vec<u8>; 5] {
-    [gguf::valid(), gguf_ternary(), safetensors::valid(), llama2c::legacy(false), llama2c::ternary()]
+fn samples() -> [Vec<u8>; 6] {
+    let (float, ternary) = (llama2c::legacy(false), llama2c::ternary());
+    [gguf::valid(), gguf_ternary(), gguf_blocks(), safetensors::valid(), float, ternary]
+}
+
+/// Every type that is read, one after another; of type 42 more than a block, so that its groups are settled.
+fn gguf_blocks() -> Vec<u8> {
+    // Type, rows of 256 weights, bytes.
+    let tensors: [(u32, u64, usize); 20] = [
+        (2, 1, 144),
+        (3, 1, 160),
+        (6, 1, 176),
+        (7, 1, 192),
+        (10, 1, 84),
+        (11, 1, 110),
+        (12, 1, 144),
+        (13, 1, 176),
+        (14, 1, 210),
+        (20, 1, 144),
+        (24, 1, 256),
+        (30, 1, 512),
+        (39, 1, 136),
+        (41, 1, 36),
+        (42, 8, 576),
+        (134, 2, 108),
+        (135, 2, 136),
+        (142, 1, 68),
+        (143, 1, 56),
+        (0, 1, 1024),
+    ];
+    let (mut builder, mut offset) = (gguf::Builder::new(3, tensors.len() as u64, 0), 0);
+    for (id, rows, bytes) in tensors {
+        builder = builder.tensor(&format!("t{id}"), &[256, rows], id, offset as u64);
+        offset += bytes.next_multiple_of(32);
+    }
+    builder.data(32, offset)
 }
 
 fn gguf_ternary() -> Vec<u8> {
@@ -68,7 +102,7 @@ proptest! {
 
     #[test]
     fn mutated_files_are_survived(
-        kind in 0usize..5,
+        kind in 0usize..6,
         edits in proptest::collection::vec((0.0f64..1.0, any::<u8>()), 1..8),
         cut in 0.0f64..1.3,
     ) {

@@ -1,11 +1,13 @@
 //! Containers and block types: what is read is right, what is wrong is refused by name.
 
 mod blocks;
+mod bonsai;
 mod gguf;
 mod hostile;
 mod llama2c;
 mod safetensors;
 mod shared;
+mod type42;
 
 use std::path::{Path, PathBuf};
 

@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use setun::format::{Checkpoint, Encoding, Llama2cKind, ScaleConvention, hf_packed_to_ternary};
+use setun::format::{
+    Checkpoint, Encoding, Llama2cKind, ScaleConvention, hf_packed_to_ternary, mlx_to_ternary,
+};
 
 /// A folder beside the repository, or `None`, said aloud.
 fn shared(name: &str) -> Option<PathBuf> {
@@ -105,6 +107,63 @@ fn gguf_twins_hold_the_ternary_weights_of_their_packed_checkpoints() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn the_encodings_of_a_bonsai_model_hold_the_same_weights() {
+    let models = [
+        ("qwen3-tied", "f16", &["q2_0_g64", "q2_0_g128", "pq2_0", "ptq1_0", "tq1_0", "tq2_0"][..]),
+        ("qwen3-untied-hd128", "q2_0_g64", &["q2_0_g128", "pq2_0", "ptq1_0"]),
+        ("qwen35-basic", "q2_0_g64", &["pq2_0"]),
+    ];
+    for (model, first, others) in models {
+        let Some(folder) = shared(&format!("golden/bonsai/{model}")) else {
+            return;
+        };
+        let reference = Checkpoint::open(folder.join(format!("model-{first}.gguf"))).unwrap();
+        for other in others {
+            let file = Checkpoint::open(folder.join(format!("model-{other}.gguf"))).unwrap();
+            let mut ternary = 0;
+            for info in reference.tensors() {
+                let expected = reference.tensor(&info.name).unwrap().to_f32().unwrap();
+                let tensor = file.tensor(&info.name).unwrap();
+                assert!(tensor.to_f32().unwrap() == expected, "{model} {other} {}", info.name);
+                if tensor.info.encoding.is_ternary() {
+                    let (matrix, mut row) = (tensor.to_ternary().unwrap(), vec![0.0; info.shape[1]]);
+                    for (r, expected) in expected.chunks(row.len()).enumerate() {
+                        matrix.dequantize_row(r, &mut row);
+                        assert!(row == expected, "{model} {other} {} row {r}", info.name);
+                    }
+                    ternary += 1;
+                }
+            }
+            assert!(ternary >= 14, "{model} {other}: {ternary}");
+            assert_eq!(
+                file.evidence().len(),
+                usize::from(other.starts_with("q2_0")),
+                "{:?}",
+                file.evidence()
+            );
+        }
+    }
+}
+
+#[test]
+fn an_mlx_pack_holds_the_weights_of_its_gguf_twin() {
+    let Some(folder) = shared("golden/bonsai/qwen3-tied") else {
+        return;
+    };
+    let pack = Checkpoint::open(folder.join("mlx-2bit")).unwrap();
+    let twin = Checkpoint::open(folder.join("model-pq2_0.gguf")).unwrap();
+    for (theirs, ours) in [
+        ("model.embed_tokens", "token_embd.weight"),
+        ("model.layers.0.self_attn.q_proj", "blk.0.attn_q.weight"),
+        ("model.layers.1.mlp.down_proj", "blk.1.ffn_down.weight"),
+    ] {
+        let part = |part: &str| pack.tensor(&format!("{theirs}.{part}")).unwrap();
+        let found = mlx_to_ternary(&part("weight"), &part("scales"), &part("biases"), 128).unwrap();
+        assert_eq!(found, twin.tensor(ours).unwrap().to_ternary().unwrap(), "{theirs}");
     }
 }
 

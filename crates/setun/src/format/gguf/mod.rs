@@ -4,8 +4,10 @@
 //! tensor's offset counts from the start of the data and is a multiple of `general.alignment`. Dimensions
 //! are stored fastest first; everywhere else in this library shapes are row-major.
 
+mod collisions;
 pub mod metadata;
 pub(crate) mod reader;
+mod type42;
 pub mod types;
 pub mod writer;
 

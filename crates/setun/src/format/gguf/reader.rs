@@ -7,10 +7,10 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::metadata::{Array, Metadata, Value};
-use super::{DEFAULT_ALIGNMENT, MAGIC, types};
+use super::{DEFAULT_ALIGNMENT, MAGIC, collisions, types};
 use crate::error::ModelError;
-use crate::format::Encoding;
 use crate::format::tensor::{Rewrite, TensorInfo, element_count};
+use crate::format::{Encoding, OpenOptions};
 
 /// Longest key or tensor name, in bytes; the format's own limit for keys.
 const MAX_NAME: u64 = 65_535;
@@ -27,6 +27,8 @@ pub(crate) struct Header {
     pub(crate) metadata: Metadata,
     /// In file order, ranges absolute and inside the file.
     pub(crate) tensors: Vec<TensorInfo>,
+    /// A sentence for each type whose number does not settle its layout.
+    pub(crate) evidence: Vec<String>,
 }
 
 /// A tensor entry whose offset is not resolved yet.
@@ -38,7 +40,7 @@ struct Entry {
 }
 
 /// Reads and checks the header of `bytes`, the whole file; `path` is for messages.
-pub(crate) fn read(path: &Path, bytes: &[u8]) -> Result<Header, ModelError> {
+pub(crate) fn read(path: &Path, bytes: &[u8], options: OpenOptions) -> Result<Header, ModelError> {
     let mut cursor = Cursor { path, bytes, at: 0 };
     if cursor.take(4, "the magic bytes")? != MAGIC {
         return Err(cursor.broken("does not start with `GGUF`"));
@@ -80,8 +82,8 @@ pub(crate) fn read(path: &Path, bytes: &[u8]) -> Result<Header, ModelError> {
     let alignment = alignment(&cursor, &metadata)?;
     let data_start = cursor.at.checked_next_multiple_of(alignment);
     let data_start = data_start.ok_or_else(|| cursor.broken("the header has no end"))?;
-    let tensors = place(&cursor, entries, data_start, alignment)?;
-    Ok(Header { metadata, tensors })
+    let (tensors, evidence) = place(&cursor, entries, data_start, alignment, options)?;
+    Ok(Header { metadata, tensors, evidence })
 }
 
 fn alignment(cursor: &Cursor<'_>, metadata: &Metadata) -> Result<usize, ModelError> {
@@ -98,24 +100,22 @@ fn alignment(cursor: &Cursor<'_>, metadata: &Metadata) -> Result<usize, ModelErr
     }
 }
 
-/// Turns offsets into ranges of the file and checks bounds, alignment and overlaps.
+/// Turns offsets into ranges of the file and checks bounds, alignment and overlaps. Returns also the
+/// evidence for types whose layout the number alone does not settle.
 fn place(
     cursor: &Cursor<'_>,
     entries: Vec<Entry>,
     data_start: usize,
     alignment: usize,
-) -> Result<Vec<TensorInfo>, ModelError> {
-    let available = cursor.bytes.len().saturating_sub(data_start) as u64;
+    options: OpenOptions,
+) -> Result<(Vec<TensorInfo>, Vec<String>), ModelError> {
     let mut names: HashMap<&str, ()> = HashMap::with_capacity(entries.len());
     for entry in &entries {
-        if names.insert(&entry.name, ()).is_some() {
-            return Err(cursor.broken(&format!("tensor `{}` occurs twice", entry.name)));
-        }
-    }
-    // (offset, bytes, entry), to find each tensor's neighbour in the data.
-    let mut spans = Vec::with_capacity(entries.len());
-    for (index, entry) in entries.iter().enumerate() {
         let name = &entry.name;
+        if names.insert(name, ()).is_some() {
+            return Err(cursor.broken(&format!("tensor `{name}` occurs twice")));
+        }
+        checked_count(cursor, entry)?;
         if !entry.offset.is_multiple_of(alignment as u64) {
             let what = format!(
                 "tensor `{name}` starts at offset {}, not a multiple of the alignment {alignment}",
@@ -123,76 +123,123 @@ fn place(
             );
             return Err(cursor.broken(&what));
         }
-        let bytes = stored_len(cursor, entry)?;
+    }
+    drop(names);
+    let data = cursor.bytes.get(data_start..).unwrap_or_default();
+    let settled = settle(cursor, &entries, data, alignment, options)?;
+    let mut infos = Vec::with_capacity(entries.len());
+    // (offset, bytes, entry), to find tensors that overlap.
+    let mut spans = Vec::with_capacity(entries.len());
+    for entry in entries {
+        let encoding = match settled.iter().find(|s| s.id == entry.type_id) {
+            Some(settled) => settled.encoding.clone(),
+            None => types::encoding(entry.type_id),
+        };
+        let bytes = stored_len(cursor, &entry, &encoding)?;
         let end = entry.offset.checked_add(bytes);
-        if end.is_none_or(|end| end > available) {
+        if end.is_none_or(|end| end > data.len() as u64) {
             let what = format!(
-                "tensor `{name}` needs {bytes} bytes at offset {} of the data, which has {available}: \
+                "tensor `{}` needs {bytes} bytes at offset {} of the data, which has {}: \
                  the file is cut short or its header is wrong",
-                entry.offset
+                entry.name,
+                entry.offset,
+                data.len()
             );
             return Err(cursor.broken(&what));
         }
-        spans.push((entry.offset, bytes, index));
+        spans.push((entry.offset, bytes, infos.len()));
+        let start = data_start + entry.offset as usize; // Both fit: checked against the file's length.
+        infos.push(TensorInfo {
+            name: entry.name,
+            shape: entry.shape,
+            encoding,
+            file: 0,
+            range: start..start + bytes as usize,
+            rewrite: Rewrite::None,
+        });
     }
     spans.sort_unstable();
     for pair in spans.windows(2) {
         let ((start, bytes, a), (next, _, b)) = (pair[0], pair[1]);
-        let (a, b) = (&entries[a], &entries[b]);
         if start + bytes > next {
-            let what = format!("tensors `{}` and `{}` overlap", a.name, b.name);
+            let what = format!("tensors `{}` and `{}` overlap", infos[a].name, infos[b].name);
             return Err(cursor.broken(&what));
         }
-        // Type 36 once named a 4.5-bit type upstream: only its size tells the two apart.
-        if a.type_id == 36 && next - start >= bytes.next_multiple_of(alignment as u64) + alignment as u64 {
-            let what = format!(
-                "tensor `{}` of type 36 takes {} bytes, but I2_S takes {bytes}: it is another type \
-                 of that number, which is not read",
-                a.name,
-                next - start
-            );
-            return Err(ModelError::unsupported(cursor.path, what));
+    }
+    Ok((infos, settled.into_iter().map(|s| s.evidence).collect()))
+}
+
+/// What a type number with several meanings means in this file, and the evidence for it.
+struct Settled {
+    id: u32,
+    encoding: Encoding,
+    evidence: String,
+}
+
+/// Decides every such number that the file uses.
+fn settle(
+    cursor: &Cursor<'_>,
+    entries: &[Entry],
+    data: &[u8],
+    alignment: usize,
+    options: OpenOptions,
+) -> Result<Vec<Settled>, ModelError> {
+    let mut settled = Vec::new();
+    let mut starts: Vec<u64> = entries.iter().map(|e| e.offset).collect();
+    starts.sort_unstable();
+    for id in collisions::NUMBERS {
+        let of_id = entries.iter().filter(|e| e.type_id == id);
+        let spans: Vec<_> = of_id
+            .map(|e| {
+                let next = starts.get(starts.partition_point(|&start| start <= e.offset));
+                let end = next.map_or(data.len() as u64, |&next| next.min(data.len() as u64));
+                // Both fit: at most the length of the data.
+                let room = if e.offset > end { 0..0 } else { e.offset as usize..end as usize };
+                collisions::Span { name: &e.name, shape: &e.shape, bytes: &data[room], last: next.is_none() }
+            })
+            .collect();
+        if spans.is_empty() {
+            continue;
         }
+        let (encoding, evidence) = collisions::decide(id, &spans, alignment, options)
+            .map_err(|what| ModelError::unsupported(cursor.path, what))?;
+        settled.push(Settled { id, encoding, evidence });
     }
-    let mut ranges = vec![0..0; entries.len()];
-    for (offset, bytes, index) in spans {
-        let start = data_start + offset as usize; // Both fit: checked against the file's length.
-        ranges[index] = start..start + bytes as usize;
-    }
-    let infos = entries.into_iter().zip(ranges).map(|(entry, range)| TensorInfo {
-        name: entry.name,
-        shape: entry.shape,
-        encoding: types::encoding(entry.type_id),
-        file: 0,
-        range,
-        rewrite: Rewrite::None,
-    });
-    Ok(infos.collect())
+    Ok(settled)
+}
+
+/// Elements of a tensor, if they can be counted.
+fn checked_count(cursor: &Cursor<'_>, entry: &Entry) -> Result<usize, ModelError> {
+    let count = element_count(&entry.shape).filter(|&n| i64::try_from(n).is_ok());
+    count.ok_or_else(|| cursor.broken(&format!("tensor `{}` has absurd shape {:?}", entry.name, entry.shape)))
 }
 
 /// Bytes of a tensor's data; 0 for types of unknown size, whose data cannot be checked.
-fn stored_len(cursor: &Cursor<'_>, entry: &Entry) -> Result<u64, ModelError> {
-    let name = &entry.name;
-    let count = element_count(&entry.shape)
-        .filter(|&n| i64::try_from(n).is_ok())
-        .ok_or_else(|| cursor.broken(&format!("tensor `{name}` has absurd shape {:?}", entry.shape)))?;
-    let encoding = types::encoding(entry.type_id);
-    let block = match types::block(entry.type_id) {
-        Some((elements, _)) => elements,
-        // Rows of I2_S must hold whole blocks too, or its kernels and ours would disagree.
-        None if encoding == Encoding::I2S => encoding.block_len(),
-        None => return Ok(0),
+fn stored_len(cursor: &Cursor<'_>, entry: &Entry, encoding: &Encoding) -> Result<u64, ModelError> {
+    let (name, count) = (&entry.name, checked_count(cursor, entry)?);
+    let (block, bytes) = match encoding {
+        // Both layouts fit; this one is the larger.
+        Encoding::Undecided { .. } => (64, Encoding::Q2_0G64.byte_len(&entry.shape)),
+        Encoding::Other(_) => match types::unread_block(entry.type_id) {
+            Some((elements, bytes)) => (elements, (count / elements).checked_mul(bytes)),
+            None => return Ok(0),
+        },
+        _ => (encoding.block_len(), encoding.byte_len(&entry.shape)),
     };
     let row = entry.shape.last().copied().unwrap_or(1);
     if !row.is_multiple_of(block) {
-        let what =
+        let mut what =
             format!("tensor `{name}` has rows of {row} elements, but {encoding} needs a multiple of {block}");
+        if *encoding == Encoding::I2S && row.is_multiple_of(64) {
+            what += ": if an ARM build wrote the file in blocks of 64, the option `i2s` must say neon64";
+        }
         return Err(cursor.broken(&what));
     }
-    let bytes = match types::block(entry.type_id) {
-        Some((elements, bytes)) => (count / elements).checked_mul(bytes),
-        None => encoding.byte_len(&entry.shape),
-    };
+    if *encoding == Encoding::I2SRows4 && !(count / row.max(1)).is_multiple_of(4) {
+        let what =
+            format!("tensor `{name}` has {} rows, but {encoding} needs a multiple of 4", count / row.max(1));
+        return Err(cursor.broken(&what));
+    }
     let bytes = bytes.and_then(|b| u64::try_from(b).ok());
     bytes.ok_or_else(|| cursor.broken(&format!("tensor `{name}` has absurd shape {:?}", entry.shape)))
 }

@@ -7,10 +7,10 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use super::metadata::{Array, Metadata, Value};
-use super::{DEFAULT_ALIGNMENT, MAGIC, types};
+use super::{DEFAULT_ALIGNMENT, MAGIC, type42, types};
 use crate::error::ModelError;
-use crate::format::TensorSpec;
 use crate::format::output::Output;
+use crate::format::{Encoding, TensorSpec};
 
 /// A GGUF file being written. It appears under its name when [`finish`](Self::finish) succeeds.
 #[derive(Debug)]
@@ -27,8 +27,8 @@ impl GgufWriter {
     ///
     /// # Errors
     /// [`ModelError::CannotEncode`] for an encoding that GGUF lacks or rows that are not whole
-    /// blocks, [`ModelError::Format`] for duplicate names, more than four dimensions or a bad
-    /// `general.alignment`, [`ModelError::Write`] if the file cannot be created.
+    /// blocks, [`ModelError::Format`] for duplicate names, more than four dimensions, a bad
+    /// `general.alignment` or tensors of Q2_0 whose group size readers could not find out, [`ModelError::Write`] if the file cannot be created.
     pub fn create(path: &Path, metadata: &Metadata, specs: Vec<TensorSpec>) -> Result<Self, ModelError> {
         let alignment = match metadata.u64("general.alignment")? {
             None => DEFAULT_ALIGNMENT,
@@ -89,6 +89,7 @@ impl GgufWriter {
                 .and_then(|end| end.checked_next_multiple_of(alignment))
                 .ok_or_else(|| ModelError::format(path, "cannot be written: it is too large"))?;
         }
+        check_type_42(path, &specs, alignment)?;
         let mut output = Output::create(path)?;
         output.write(&header)?;
         output.pad(header.len().next_multiple_of(alignment) - header.len())?;
@@ -131,6 +132,25 @@ impl GgufWriter {
         }
         self.output.finish()
     }
+}
+
+/// Readers decide which Q2_0 a file holds from its sizes, so it must be one, and its sizes must tell.
+fn check_type_42(path: &Path, specs: &[TensorSpec], alignment: usize) -> Result<(), ModelError> {
+    let of = |encoding| specs.iter().filter(move |s| s.encoding == encoding);
+    if let (Some(a), Some(b)) = (of(Encoding::Q2_0G64).next(), of(Encoding::Q2_0G128).next()) {
+        let what = format!(
+            "cannot be written: tensor `{}` is Q2_0 in groups of 64 and `{}` in groups of 128, which share a type number",
+            a.name, b.name
+        );
+        return Err(ModelError::format(path, what));
+    }
+    let shapes = of(Encoding::Q2_0G64).chain(of(Encoding::Q2_0G128)).map(|s| &s.shape[..]);
+    if type42::ambiguous(shapes, alignment) {
+        let what = "cannot be written: its tensors of type Q2_0 are so small that groups of 64 and of 128 take the same \
+                    space, and no reader could tell which they are";
+        return Err(ModelError::format(path, what));
+    }
+    Ok(())
 }
 
 fn put_u32(out: &mut Vec<u8>, value: u32) {

@@ -1,0 +1,328 @@
+//! From a tensor's bytes to floats, dense matrices and ternary matrices.
+//!
+//! The layouts are in the files beside this one: `dense_blocks` and `k_quants` for floats in few bits,
+//! `ternary_blocks` for GGUF's ternary types, `hf_packed` and `mlx` for ternary weights in safetensors,
+//! `fake_quant` for ternary weights kept as floats.
+
+mod dense_blocks;
+mod fake_quant;
+mod hf_packed;
+mod k_quants;
+mod mlx;
+mod ternary_blocks;
+
+use half::{bf16, f16};
+use setun_kernels::dense::{DenseData, DenseMatrix};
+use setun_kernels::matrix::{Scales, TernaryMatrix};
+
+pub use hf_packed::{ScaleConvention, hf_packed_to_ternary};
+pub use mlx::mlx_to_ternary;
+use ternary_blocks::Unit;
+
+use super::tensor::{Encoding, Tensor};
+use crate::error::ModelError;
+
+/// Four canonical codes that are all 1: four zero weights.
+pub(super) const ZEROS: u8 = 0b01_01_01_01;
+
+/// The codes at bits `shift` and `shift + 1` of four bytes, as one byte, lowest bits first.
+fn gather(bytes: [u8; 4], shift: usize) -> u8 {
+    let codes = (u32::from_le_bytes(bytes) >> shift) & 0x0303_0303;
+    (codes | codes >> 6 | codes >> 12 | codes >> 18) as u8
+}
+
+/// One row of canonical bytes from as many bytes as it has weights, each with its code at bit `shift`.
+fn gather_row(stored: &[u8], shift: usize, out: &mut [u8]) {
+    let (fours, rest) = stored.as_chunks::<4>();
+    let mut last = [0u8; 4];
+    last[..rest.len()].copy_from_slice(rest);
+    let fours = fours.iter().chain((!rest.is_empty()).then_some(&last));
+    for (out, &four) in out.iter_mut().zip(fours) {
+        *out = gather(four, shift);
+    }
+}
+
+/// Writes `(code − 1) · scale` for canonical bytes; a fourth code gives `2 · scale`.
+fn scaled_codes(codes: &[u8], scale: f32, out: &mut [f32]) {
+    for (&byte, out) in codes.iter().zip(out.chunks_mut(4)) {
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = (f32::from(byte >> (2 * i) & 3) - 1.0) * scale;
+        }
+    }
+}
+
+/// Swaps the codes 0 and 2, which changes every weight's sign. Fourth codes stay, to be counted later.
+fn negate(codes: &mut [u8]) {
+    codes.iter_mut().for_each(|byte| *byte ^= (!*byte & ZEROS) << 1);
+}
+
+fn f16_at(bytes: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+}
+
+/// Decodes blocks of `B` bytes into `N` floats each.
+fn blocks<const B: usize, const N: usize>(
+    data: &[u8],
+    count: usize,
+    decode: fn(&[u8; B], &mut [f32; N]),
+) -> Vec<f32> {
+    let mut out = vec![0.0; count];
+    let pairs = data.as_chunks::<B>().0.iter().zip(out.as_chunks_mut::<N>().0);
+    pairs.for_each(|(block, out)| decode(block, out));
+    out
+}
+
+impl Tensor<'_> {
+    fn error(&self, what: impl Into<String>) -> ModelError {
+        ModelError::tensor(self.name(), what)
+    }
+
+    /// Checks that the type is read and that there are as many bytes as encoding and shape need.
+    fn check_len(&self) -> Result<(), ModelError> {
+        match &self.info.encoding {
+            Encoding::Other(name) => {
+                return Err(self.error(format!("type {name} is not read: {} are", Encoding::READABLE)));
+            }
+            Encoding::Undecided { why, .. } => return Err(self.error(*why)),
+            _ => {}
+        }
+        let expected = self.info.encoding.byte_len(&self.info.shape);
+        if expected != Some(self.data.len()) {
+            return Err(self.error(format!(
+                "{} bytes are no {} of shape {:?}",
+                self.data.len(),
+                self.info.encoding,
+                self.info.shape
+            )));
+        }
+        Ok(())
+    }
+
+    /// `(rows, cols)` of a matrix.
+    fn matrix_shape(&self) -> Result<(usize, usize), ModelError> {
+        match *self.shape() {
+            [rows, cols] => Ok((rows, cols)),
+            _ => Err(self.error(format!("has shape {:?}, but a matrix is expected", self.shape()))),
+        }
+    }
+
+    /// Every element as an f32, row-major: exactly the number that the type defines, with f32 arithmetic in the
+    /// types with several scales. Codes that are no trit decode as their formats say: twice the scale.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] for types that are not read, and for I2_S with codes that are no trit,
+    /// about which its decoders disagree.
+    pub fn to_f32(&self) -> Result<Vec<f32>, ModelError> {
+        self.check_len()?;
+        let (data, count) = (&*self.data, self.info.element_count());
+        Ok(match &self.info.encoding {
+            Encoding::F32 => data.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+            Encoding::F16 => data.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
+            Encoding::BF16 => data.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
+            Encoding::U8 => data.iter().map(|&b| f32::from(b)).collect(),
+            Encoding::I8 => data.iter().map(|&b| f32::from(b as i8)).collect(),
+            Encoding::Q4_0 => blocks(data, count, dense_blocks::q4_0),
+            Encoding::Q4_1 => blocks(data, count, dense_blocks::q4_1),
+            Encoding::Q5_0 => blocks(data, count, dense_blocks::q5_0),
+            Encoding::Q5_1 => blocks(data, count, dense_blocks::q5_1),
+            Encoding::Q8_0 => blocks(data, count, dense_blocks::q8_0),
+            Encoding::IQ4NL => blocks(data, count, dense_blocks::iq4_nl),
+            Encoding::MXFP4 => blocks(data, count, dense_blocks::mxfp4),
+            Encoding::Q2K => blocks(data, count, k_quants::q2_k),
+            Encoding::Q3K => blocks(data, count, k_quants::q3_k),
+            Encoding::Q4K => blocks(data, count, k_quants::q4_k),
+            Encoding::Q5K => blocks(data, count, k_quants::q5_k),
+            Encoding::Q6K => blocks(data, count, k_quants::q6_k),
+            Encoding::I2S | Encoding::I2SNeon | Encoding::I2SRows4 | Encoding::Trit2 => {
+                let matrix = self.to_ternary()?;
+                let mut out = vec![0.0; count];
+                for (r, row) in out.chunks_exact_mut(matrix.cols().max(1)).enumerate() {
+                    matrix.dequantize_row(r, row);
+                }
+                out
+            }
+            encoding => {
+                let cols = self.shape().last().copied().unwrap_or(1);
+                let unit = Unit::of(encoding, cols).expect("`check_len` refuses types that are not read");
+                let mut out = vec![0.0; count];
+                let mut codes = vec![0; unit.weights / 4];
+                let outs = out.chunks_exact_mut(unit.weights.max(1));
+                for (stored, out) in data.chunks_exact(unit.bytes).zip(outs) {
+                    let scale = unit.read(stored, &mut codes);
+                    scaled_codes(&codes, scale, out);
+                }
+                out
+            }
+        })
+    }
+
+    /// The matrix of a float tensor: in the precision it is stored in for F32, F16, BF16 and Q8_0, as F32 for
+    /// the other block types, whose values no narrower type holds.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] if it is no matrix or no float type.
+    pub fn to_dense(&self) -> Result<DenseMatrix, ModelError> {
+        self.check_len()?;
+        let (rows, cols) = self.matrix_shape()?;
+        let data = &*self.data;
+        let data = match &self.info.encoding {
+            Encoding::F16 => {
+                DenseData::F16(data.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b)).collect())
+            }
+            Encoding::BF16 => {
+                DenseData::BF16(data.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b)).collect())
+            }
+            Encoding::Q8_0 => DenseData::Q8_0(data.to_vec()),
+            encoding if encoding.is_float() => DenseData::F32(self.to_f32()?),
+            encoding => return Err(self.error(format!("is {encoding}, but a float matrix is expected"))),
+        };
+        DenseMatrix::new(rows, cols, data).map_err(|e| self.error(e.to_string()))
+    }
+
+    /// The matrix of a tensor of a ternary type ([`Encoding::is_ternary`]; Q1_0 gives one without zeros).
+    ///
+    /// Scales of blocks or rows become the tensor's where all that have a weight other than 0 are equal, and stay
+    /// one per block or row otherwise. Weights under a scale of 0 are 0, whatever their codes. A negative
+    /// scale changes the signs of its weights and is kept as its absolute value, so scales are never negative.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] if it is no matrix or not ternary, has a scale that is no finite number, or
+    /// codes that are no trit (with their count).
+    pub fn to_ternary(&self) -> Result<TernaryMatrix, ModelError> {
+        self.check_len()?;
+        let (rows, cols) = self.matrix_shape()?;
+        let (codes, scales) = match &self.info.encoding {
+            Encoding::Trit2 => {
+                let (codes, scale) = self.data.split_at(self.data.len() - 4);
+                self.one_scale(codes.to_vec(), scale)?
+            }
+            encoding @ (Encoding::I2S | Encoding::I2SNeon | Encoding::I2SRows4) => {
+                let (stored, tail) = self.data.split_at(self.data.len() - 32);
+                let mut codes = vec![0; rows * cols.div_ceil(4)];
+                match encoding {
+                    Encoding::I2S => ternary_blocks::i2_s(stored, &mut codes),
+                    Encoding::I2SNeon => ternary_blocks::i2_s_neon(stored, &mut codes),
+                    _ => ternary_blocks::i2_s_rows4(stored, cols, &mut codes),
+                }
+                self.one_scale(codes, tail)?
+            }
+            encoding => match Unit::of(encoding, cols) {
+                Some(unit) => self.unit_scales(&unit, rows, cols)?,
+                None => {
+                    let what = format!("is {encoding}, but a ternary tensor is expected");
+                    return Err(self.error(what));
+                }
+            },
+        };
+        TernaryMatrix::new(rows, cols, codes, scales).map_err(|e| self.error(e.to_string()))
+    }
+
+    /// The matrix of a tensor of plain numbers that are all −1, 0 or +1, with `scale` for all.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] with the count and first place of other values.
+    pub fn trits_to_ternary(&self, scale: f32) -> Result<TernaryMatrix, ModelError> {
+        let (rows, cols) = self.matrix_shape()?;
+        let values = self.to_f32()?;
+        let is_trit = |v: &f32| *v == 0.0 || v.abs() == 1.0;
+        let bad = values.iter().filter(|v| !is_trit(v)).count();
+        if let Some(first) = values.iter().position(|v| !is_trit(v)) {
+            return Err(self.error(format!(
+                "{bad} values are not -1, 0 or 1 (the first is {}, at row {}, column {})",
+                values[first],
+                first / cols,
+                first % cols
+            )));
+        }
+        let trits: Vec<i8> = values.into_iter().map(|v| v as i8).collect();
+        let matrix = TernaryMatrix::from_trits(rows, cols, &trits, Scales::Tensor(scale));
+        matrix.map_err(|e| self.error(e.to_string()))
+    }
+
+    /// Canonical codes under the one f32 scale at the start of `scale`.
+    fn one_scale(&self, mut codes: Vec<u8>, scale: &[u8]) -> Result<(Vec<u8>, Scales), ModelError> {
+        let scale = f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]);
+        if !scale.is_finite() {
+            return Err(self.error(format!("its scale is {scale}, which is no finite number")));
+        }
+        if scale < 0.0 {
+            negate(&mut codes);
+        }
+        Ok((codes, Scales::Tensor(scale.abs())))
+    }
+
+    /// Canonical codes and scales of a type with a scale per block or row.
+    fn unit_scales(&self, unit: &Unit, rows: usize, cols: usize) -> Result<(Vec<u8>, Scales), ModelError> {
+        let mut codes = vec![0u8; rows * cols / 4];
+        let mut scales = ScaleCollector::new(self.data.len() / unit.bytes);
+        let outs = codes.chunks_exact_mut((unit.weights / 4).max(1));
+        for (index, (stored, codes)) in self.data.chunks_exact(unit.bytes).zip(outs).enumerate() {
+            let d = unit.read(stored, codes);
+            if !d.is_finite() {
+                let what = format!("{} {index} has scale {d}, which is no finite number", unit.name);
+                return Err(self.error(what));
+            }
+            scales.push(d, codes);
+        }
+        Ok((codes, scales.finish(unit.weights, cols)))
+    }
+}
+
+/// Scales of consecutive weights of a row, in the form that matrices are to have.
+struct ScaleCollector {
+    values: Vec<f32>,
+    common: Option<f32>,
+    uniform: bool,
+}
+
+impl ScaleCollector {
+    fn new(count: usize) -> Self {
+        Self { values: Vec::with_capacity(count), common: None, uniform: true }
+    }
+
+    /// Takes the next scale, a finite number, and makes its weights' canonical codes what they are under one
+    /// that is not negative.
+    fn push(&mut self, scale: f32, codes: &mut [u8]) {
+        if scale < 0.0 {
+            negate(codes);
+        }
+        let scale = scale.abs();
+        if scale == 0.0 {
+            codes.fill(ZEROS);
+        } else if codes.iter().any(|&byte| byte != ZEROS) {
+            self.uniform &= *self.common.get_or_insert(scale) == scale;
+        }
+        self.values.push(scale);
+    }
+
+    /// The scales of a matrix of `cols` columns, one having been given for every `weights` of a row.
+    fn finish(self, weights: usize, cols: usize) -> Scales {
+        match self.common {
+            _ if !self.uniform && weights == cols => Scales::Row(self.values),
+            _ if !self.uniform => Scales::Block { rows: 1, cols: weights, values: self.values },
+            Some(scale) => Scales::Tensor(scale),
+            None => Scales::Tensor(1.0), // All weights are 0: any scale is right, and 1 can be divided by.
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn negating_swaps_the_signs_and_keeps_zeros_and_fourth_codes() {
+        let mut codes = [0b11_10_01_00u8];
+        negate(&mut codes);
+        assert_eq!(codes, [0b11_00_01_10]);
+        negate(&mut codes);
+        assert_eq!(codes, [0b11_10_01_00]);
+    }
+
+    #[test]
+    fn a_row_is_gathered_to_its_last_column() {
+        let mut out = [0u8; 2];
+        gather_row(&[0b10_0000, 0b01_0000, 0, 0b11_0000, 0b10_0000], 4, &mut out);
+        assert_eq!(out, [0b11_00_01_10, 0b10]);
+    }
+}

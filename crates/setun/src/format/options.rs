@@ -1,0 +1,48 @@
+//! Choices for what model files leave open.
+
+use super::Encoding;
+
+/// How to read what a file does not settle by itself. The default never guesses: what the file's own evidence
+/// does not decide is refused when it is used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// GGUF tensors of type 42.
+    pub type42: Type42,
+    /// GGUF tensors of type 36.
+    pub i2s: I2sLayout,
+}
+
+/// Which Q2_0 the number 42 means in a GGUF file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Type42 {
+    /// What the sizes of all tensors of the type say; undecided where both fit.
+    #[default]
+    Detect,
+    /// Groups of 64 weights: mainline programs.
+    Group64,
+    /// Groups of 128 weights: PrismML's older programs.
+    Group128,
+}
+
+/// In which layout a GGUF file's I2_S tensors are. All have the same sizes, so a file cannot tell.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum I2sLayout {
+    /// Blocks of 128 weights: every published file.
+    #[default]
+    X86,
+    /// Blocks of 64 weights: ARM builds of bitnet.cpp since November 2025.
+    Neon64,
+    /// Four rows interleaved: a build option of bitnet.cpp since November 2025.
+    Rows4,
+}
+
+impl I2sLayout {
+    /// The encoding of tensors in this layout.
+    pub fn encoding(self) -> Encoding {
+        match self {
+            Self::X86 => Encoding::I2S,
+            Self::Neon64 => Encoding::I2SNeon,
+            Self::Rows4 => Encoding::I2SRows4,
+        }
+    }
+}
