@@ -152,7 +152,7 @@ fn start(mut args: RunArgs, started: Instant, read_stdin: bool) -> Result<()> {
     }
     let file = model::open(args.model.as_deref())?;
     let tokenizer = args.load.tokenizer(&file)?;
-    let engine = args.load.engine(&file)?;
+    let engine = args.load.fast_engine(&file)?;
     drop(file);
     let limit = args.load.limit(engine.config());
     let session = engine.session(args.kv, Some(limit));
@@ -247,6 +247,7 @@ impl Speaker<'_> {
                 "peak_rss_bytes": memory::peak_resident(),
                 "kernel": session.engine().kernels().name(),
                 "threads": session.engine().pool().threads(),
+                "activations": session.engine().activations().to_string(),
             }));
         }
         if std::io::stdout().is_terminal() && !text.ends_with('\n') {
