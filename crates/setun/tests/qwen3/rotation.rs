@@ -53,6 +53,9 @@ fn transforms_have_the_bits_of_the_publishers_own_program() {
     }
 }
 
+/// A key without its prefix, and its new value; `None` removes it.
+type Change = (&'static str, Option<Value>);
+
 /// A declaration as the converter of the released models writes it, with changes.
 fn declaration(changes: &[(&str, Option<Value>)]) -> Result<ModelConfig, ModelError> {
     let file = Checkpoint::open(golden().join("declaration/ok-v1-explicit.gguf")).unwrap();
@@ -111,7 +114,7 @@ fn a_declaration_in_order_is_accepted_and_reads_back_from_what_is_written() {
 fn every_contradiction_in_a_declaration_is_refused_by_name() {
     let head = "output.weight";
     let ones = |n: usize| numbers(&vec![1; n]);
-    let cases: &[(&[(&str, Option<Value>)], &str)] = &[
+    let cases: &[(&[Change], &str)] = &[
         (&[("version", None)], "version"),
         (&[("version", number(3))], "version"),
         (&[("version", number(0))], "version"),
