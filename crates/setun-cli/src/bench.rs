@@ -59,7 +59,7 @@ pub struct BenchArgs {
     /// Numbers of threads to measure [default: the physical cores this process may use]
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = model::threads)]
     threads: Vec<usize>,
-    /// What ternary layers of a MODEL multiply with: int8 or float
+    /// What ternary layers of a MODEL multiply with: int8, or float where the model is defined so
     #[arg(long, value_name = "TYPE", value_parser = model::activations, default_value = "int8")]
     activations: ActivationType,
     /// Type of the keys and values kept for attention: f16 or f32
@@ -111,7 +111,7 @@ struct ModelFacts {
     kv_heads: usize,
     vocab_size: usize,
     ternary: bool,
-    activations: &'static str,
+    activations: String,
     kv: String,
 }
 
@@ -133,7 +133,7 @@ pub fn bench(args: BenchArgs) -> Result<()> {
             let options = EngineOptions {
                 kernels: Some(kernels),
                 threads: Some(threads),
-                activations: args.activations,
+                activations: Some(args.activations),
             };
             let engine = load(&args, &options)?;
             let load_seconds = started.elapsed().as_secs_f64();
@@ -209,7 +209,7 @@ fn facts(args: &BenchArgs, c: &ModelConfig) -> ModelFacts {
         kv_heads: c.kv_heads,
         vocab_size: c.vocab_size,
         ternary: c.numerics != setun::config::Numerics::Float,
-        activations: if args.activations == ActivationType::Int8 { "int8" } else { "float" },
+        activations: args.activations.to_string(),
         kv: args.kv.to_string(),
     }
 }
@@ -217,11 +217,12 @@ fn facts(args: &BenchArgs, c: &ModelConfig) -> ModelFacts {
 fn table(report: &Report) -> String {
     let (m, machine) = (&report.model, &report.machine);
     let mut text = format!(
-        "{}: {} parameters, {} layers, hidden {}\n{}, {} cores; read {} GB/s, int8 {} GMAC/s, float {} GFLOP/s\n",
+        "{}: {} parameters, {} layers, hidden {}, {} activations\n{}, {} cores; read {} GB/s, int8 {} GMAC/s, float {} GFLOP/s\n",
         m.name,
         output::count(m.parameters),
         m.num_layers,
         m.hidden_size,
+        m.activations,
         machine.cpu.as_deref().unwrap_or("unknown CPU"),
         machine.physical_cores,
         output::rate(report.peaks.read_gb_per_s),

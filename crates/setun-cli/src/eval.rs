@@ -84,6 +84,7 @@ fn ppl(args: &PplArgs) -> Result<()> {
             "window": windows.context,
             "stride": windows.stride,
             "kernel": engine.kernels().name(),
+            "activations": engine.activations().to_string(),
             "seconds": seconds,
         }));
     }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use setun::config::{Activation, Family, ModelConfig, Numerics, RopeScaling, Storage};
+use setun::config::{Activation, ActivationType, Family, ModelConfig, Numerics, RopeScaling, Storage};
 use setun::format::{Checkpoint, CheckpointKind};
 use setun::inspect::{Part, Survey, survey};
 use setun::recommended::Recommended;
@@ -312,6 +312,7 @@ fn family(family: Family) -> &'static str {
         Family::Llama => "Llama",
         Family::Mistral => "Mistral",
         Family::Qwen2 => "Qwen2",
+        Family::Qwen3 => "Qwen3",
         Family::BitNet => "BitNet b1.58 (SubLN, squared ReLU)",
         Family::BitNetSilu => "BitNet b1.58 (SubLN, SiLU)",
     }
@@ -323,6 +324,7 @@ fn family_key(family: Family) -> &'static str {
         Family::Llama => "llama",
         Family::Mistral => "mistral",
         Family::Qwen2 => "qwen2",
+        Family::Qwen3 => "qwen3",
         Family::BitNet => "bitnet",
         Family::BitNetSilu => "bitnet-silu",
     }
@@ -355,6 +357,7 @@ fn features(c: &ModelConfig) -> String {
     }
     for (on, what) in [
         (c.sub_norms, "sub-norms"),
+        (c.qk_norm, "norms on query and key heads"),
         (c.inner_norm_eps.is_some(), "norms inside linear layers"),
         (c.qkv_bias, "biases on q, k, v"),
         (c.output_bias, "bias on o"),
@@ -363,6 +366,10 @@ fn features(c: &ModelConfig) -> String {
         if on {
             all.push(what.to_owned());
         }
+    }
+    if let Some(rotation) = &c.rotation {
+        let (folded, block) = (rotation.folded(), rotation.block());
+        all.push(format!("{folded} matrices rotated by Hadamard blocks of {block}"));
     }
     all.join(", ")
 }
@@ -396,7 +403,12 @@ fn numerics(c: &ModelConfig) -> String {
         Some(listed) if !listed.names().is_empty() => format!(", except {}", listed.names().join(", ")),
         _ => String::new(),
     };
-    format!("W1.58A8: ternary weights ({stored}), int8 activations per token{spared}")
+    match ternary.activations {
+        ActivationType::Int8 => {
+            format!("W1.58A8: ternary weights ({stored}), int8 activations per token{spared}")
+        }
+        ActivationType::Float => format!("W1.58A16: ternary weights ({stored}), float activations{spared}"),
+    }
 }
 
 fn config_json(c: &ModelConfig) -> Value {
@@ -418,6 +430,7 @@ fn config_json(c: &ModelConfig) -> Value {
         "activation": c.activation,
         "sub_norms": c.sub_norms,
         "inner_norms": c.inner_norm_eps.is_some(),
+        "qk_norm": c.qk_norm,
         "qkv_bias": c.qkv_bias,
         "output_bias": c.output_bias,
         "mlp_bias": c.mlp_bias,
@@ -426,6 +439,8 @@ fn config_json(c: &ModelConfig) -> Value {
         "rope_scaling": scaling,
         "ternary": c.numerics != Numerics::Float,
         "numerics": numerics,
+        "activations": c.activations().to_string(),
+        "rotated_matrices": c.rotation.as_ref().map_or(0, |r| r.folded()),
         "bos": c.bos,
         "eos": c.eos,
     })

@@ -92,6 +92,7 @@ pub fn logits(args: LogitsArgs) -> Result<()> {
             "vocab_size": engine.config().vocab_size,
             "kernel": engine.kernels().name(),
             "threads": engine.pool().threads(),
+            "activations": engine.activations().to_string(),
             "kv": args.kv.to_string(),
             "tensors": outputs.iter().map(|o| o.name.as_str()).collect::<Vec<_>>(),
         }))?;

@@ -35,9 +35,10 @@ pub struct ComputeArgs {
     /// Threads; any number gives the same result [default: the physical cores this process may use]
     #[arg(long, value_name = "N", value_parser = threads, help_heading = "Loading")]
     pub threads: Option<usize>,
-    /// What ternary layers multiply with: int8 (as BitNet models are trained) or float (slow, for comparison)
-    #[arg(long, value_name = "TYPE", value_parser = activations, default_value = "int8", help_heading = "Loading")]
-    pub activations: ActivationType,
+    /// What ternary layers multiply with: int8 (as BitNet models are trained) or float (slower) [default: what the model
+    /// defines; `run` and `bench` take int8 for speed]
+    #[arg(long, value_name = "TYPE", value_parser = activations, help_heading = "Loading")]
+    pub activations: Option<ActivationType>,
 }
 
 impl ComputeArgs {
@@ -47,9 +48,16 @@ impl ComputeArgs {
 }
 
 impl LoadArgs {
-    /// The engine for an opened model.
+    /// The engine for an opened model, computing as the model defines unless asked otherwise.
     pub fn engine(&self, file: &Checkpoint) -> Result<Engine> {
         Ok(Engine::load(file, ModelConfig::of(file)?, &self.compute.options())?)
+    }
+
+    /// The engine for speed: int8 activations unless asked otherwise, which is said where the model defines float.
+    pub fn fast_engine(&self, file: &Checkpoint) -> Result<Engine> {
+        let config = ModelConfig::of(file)?;
+        let options = fast(&config, self.compute.options());
+        Ok(Engine::load(file, config, &options)?)
     }
 
     /// The tokenizer asked for, or the model's own.
@@ -77,6 +85,18 @@ impl LoadArgs {
         }
         limit
     }
+}
+
+/// `options` with int8 activations where they leave it open; says so where the model is defined with float ones.
+pub fn fast(config: &ModelConfig, options: EngineOptions) -> EngineOptions {
+    let defined = config.activations();
+    if options.activations.is_none() && config.has_ternary_layers() && defined == ActivationType::Float {
+        eprintln!(
+            "note: activations are rounded to int8 for speed, but this model is defined with float ones: \
+             --activations float computes as defined"
+        );
+    }
+    EngineOptions { activations: Some(options.activations.unwrap_or(ActivationType::Int8)), ..options }
 }
 
 /// Opens the model that the user named, or the one in the program.

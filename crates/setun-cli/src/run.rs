@@ -154,9 +154,9 @@ fn start(mut args: RunArgs, started: Instant, read_stdin: bool) -> Result<()> {
         let text = text.strip_suffix('\n').map(|t| t.strip_suffix('\r').unwrap_or(t)).unwrap_or(&text);
         args.prompt = (!text.is_empty()).then(|| text.to_owned());
     }
-    let file = model::open(args.model.as_deref())?;
+    let file = args.load.open.open(args.model.as_deref())?;
     let tokenizer = args.load.tokenizer(&file)?;
-    let engine = args.load.engine(&file)?;
+    let engine = args.load.fast_engine(&file)?;
     let sampling = args.sampling.sampling(&Recommended::of(&file)?);
     drop(file);
     let limit = args.load.limit(engine.config());
@@ -257,6 +257,7 @@ impl Speaker<'_> {
                 "peak_rss_bytes": memory::peak_resident(),
                 "kernel": session.engine().kernels().name(),
                 "threads": session.engine().pool().threads(),
+                "activations": session.engine().activations().to_string(),
             }));
         }
         if std::io::stdout().is_terminal() && !text.ends_with('\n') {

@@ -417,3 +417,32 @@ fn a_text_too_short_to_score_is_an_error_that_names_the_file() {
     let error = failure(&["eval", "ppl", "--file", &path], 1);
     assert!(error.contains(&path) && error.contains("at least 2"), "{error}");
 }
+
+#[test]
+fn a_weight_only_model_computes_as_defined_where_numbers_count_and_says_so_where_speed_does() {
+    let model = golden("../bonsai/qwen3-tied/model-tq1_0.gguf").display().to_string();
+    let facts = json(&["info", &model, "--json"]);
+    assert_eq!(facts["model"]["family"], "qwen3");
+    assert_eq!(facts["model"]["activations"], "float");
+    assert_eq!(
+        facts["odd"].as_array().unwrap().iter().filter(|o| o.to_string().contains("cannot")).count(),
+        0
+    );
+
+    let folder = tempfile::tempdir().unwrap();
+    let (ids, out) = (folder.path().join("ids.json"), folder.path().join("o.safetensors"));
+    std::fs::write(&ids, "[[1, 2, 3]]").unwrap();
+    let (ids, out) = (ids.display().to_string(), out.display().to_string());
+    let defined = json(&["logits", &model, "--tokens", &ids, "--out", &out, "--json"]);
+    assert_eq!(defined["activations"], "float");
+
+    let run = ["run", &model, "-p", "a", "-n", "2", "--temperature", "0", "--json"];
+    let fast = setun(&run);
+    let report: Value = serde_json::from_str(&text_of(&fast)).unwrap();
+    assert_eq!(report["activations"], "int8");
+    assert!(String::from_utf8_lossy(&fast.stderr).contains("--activations float"));
+    let exact = setun(&[&run[..], &["--activations", "float"]].concat());
+    let report: Value = serde_json::from_str(&text_of(&exact)).unwrap();
+    assert_eq!(report["activations"], "float");
+    assert!(!String::from_utf8_lossy(&exact.stderr).contains("note:"));
+}

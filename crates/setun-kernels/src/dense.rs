@@ -15,6 +15,8 @@ use crate::threads::Pool;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+mod trits;
+
 /// Bytes of a Q8_0 block: an f16 scale and [`Q8_0_LEN`] signed bytes.
 const Q8_0_BYTES: usize = 34;
 /// Weights of a Q8_0 block.
@@ -155,36 +157,23 @@ impl DenseMatrix {
     ///
     /// Each output has the bits of [`Kernels::dot`] on the row in f32, whatever `tokens` and `pool` are.
     pub fn matmul(&self, kernels: &Kernels, x: &[f32], tokens: usize, out: &mut [f32], pool: &Pool) {
-        assert_eq!(Some(x.len()), tokens.checked_mul(self.cols), "matmul: x is not [tokens, cols]");
-        assert_eq!(Some(out.len()), tokens.checked_mul(self.rows), "matmul: out is not [tokens, rows]");
-        if out.is_empty() {
-            return;
-        }
-        let per_row = self.cols.div_ceil(LANES);
-        // Tokens in whole, aligned chunks: copying them once is nothing beside reading the weights.
-        with_scratch(tokens * per_row, |packed| {
-            if per_row > 0 {
-                for (token, packed) in x.chunks_exact(self.cols).zip(packed.chunks_exact_mut(per_row)) {
-                    packed.iter_mut().enumerate().for_each(|(i, chunk)| *chunk = chunk_at(token, i));
-                }
-            }
-            let product =
-                Product { rows: self.rows, cols: self.cols, x: packed, tokens, out: Parts::new(out) };
-            match &self.data {
-                DenseData::F32(d) => product.run::<Numbers<f32>>(kernels, d, pool),
-                DenseData::F16(d) => product.run::<Numbers<f16>>(kernels, d, pool),
-                DenseData::BF16(d) => product.run::<Numbers<bf16>>(kernels, d, pool),
-                DenseData::Q8_0(d) => product.run::<Blocks>(kernels, d, pool),
-            }
+        Product::with([self.rows, self.cols], x, tokens, out, |product| match &self.data {
+            DenseData::F32(d) => product.run::<Numbers<f32>>(kernels, d, pool),
+            DenseData::F16(d) => product.run::<Numbers<f16>>(kernels, d, pool),
+            DenseData::BF16(d) => product.run::<Numbers<bf16>>(kernels, d, pool),
+            DenseData::Q8_0(d) => product.run::<Blocks>(kernels, d, pool),
         });
     }
 }
 
 /// A row of stored weights, read in chunks of sixteen.
 trait Row<'a>: Copy {
-    type Cell: Sync + 'a;
+    /// What holds the weights of all rows.
+    type Data: Sync + ?Sized + 'a;
+    /// Bytes of a row of `cols` columns.
+    fn bytes(cols: usize) -> usize;
     /// Row `r` of a matrix of `cols` columns.
-    fn row(data: &'a [Self::Cell], cols: usize, r: usize) -> Self;
+    fn row(data: &'a Self::Data, cols: usize, r: usize) -> Self;
     /// Whole chunks.
     fn whole(self) -> usize;
     /// Chunk `i < whole()` in f32, exactly.
@@ -222,7 +211,11 @@ number!(f16, load_f16);
 number!(bf16, load_bf16);
 
 impl<'a, T: Number> Row<'a> for Numbers<'a, T> {
-    type Cell = T;
+    type Data = [T];
+    #[inline(always)]
+    fn bytes(cols: usize) -> usize {
+        cols * size_of::<T>()
+    }
     #[inline(always)]
     fn row(data: &'a [T], cols: usize, r: usize) -> Self {
         let (chunks, tail) = data[r * cols..(r + 1) * cols].as_chunks();
@@ -255,7 +248,11 @@ impl<'a, T: Number> Row<'a> for Numbers<'a, T> {
 struct Blocks<'a>(&'a [[u8; Q8_0_BYTES]]);
 
 impl<'a> Row<'a> for Blocks<'a> {
-    type Cell = u8;
+    type Data = [u8];
+    #[inline(always)]
+    fn bytes(cols: usize) -> usize {
+        cols / Q8_0_LEN * Q8_0_BYTES
+    }
     #[inline(always)]
     fn row(data: &'a [u8], cols: usize, r: usize) -> Self {
         let per_row = cols / Q8_0_LEN;
@@ -295,7 +292,33 @@ struct Product<'a> {
 }
 
 impl Product<'_> {
-    fn run<'d, W: Row<'d>>(&self, kernels: &Kernels, data: &'d [W::Cell], pool: &Pool) {
+    /// `f` with the product of a `[rows, cols]` matrix and `x` `[tokens, cols]`, unless there is nothing to compute. Panics on
+    /// other lengths.
+    fn with(
+        [rows, cols]: [usize; 2],
+        x: &[f32],
+        tokens: usize,
+        out: &mut [f32],
+        f: impl FnOnce(&Product<'_>),
+    ) {
+        assert_eq!(Some(x.len()), tokens.checked_mul(cols), "matmul: x is not [tokens, cols]");
+        assert_eq!(Some(out.len()), tokens.checked_mul(rows), "matmul: out is not [tokens, rows]");
+        if out.is_empty() {
+            return;
+        }
+        let per_row = cols.div_ceil(LANES);
+        // Tokens in whole, aligned chunks: copying them once is nothing beside reading the weights.
+        with_scratch(tokens * per_row, |packed| {
+            if per_row > 0 {
+                for (token, packed) in x.chunks_exact(cols).zip(packed.chunks_exact_mut(per_row)) {
+                    packed.iter_mut().enumerate().for_each(|(i, chunk)| *chunk = chunk_at(token, i));
+                }
+            }
+            f(&Product { rows, cols, x: packed, tokens, out: Parts::new(out) });
+        });
+    }
+
+    fn run<'d, W: Row<'d>>(&self, kernels: &Kernels, data: &'d W::Data, pool: &Pool) {
         let per_row = self.cols.div_ceil(LANES);
         // Few tokens: enough work to hide the claiming of a task. Many: an unpacked panel of 512 KB, for L2.
         let step = if self.tokens <= FEW { 64 } else { (8192 / per_row.max(1) / 4 * 4).clamp(4, 64) };
@@ -312,7 +335,7 @@ impl Product<'_> {
 /// All tokens times rows `from..to`: one task.
 struct Strip<'a, 'd, W: Row<'d>> {
     product: &'a Product<'a>,
-    data: &'d [W::Cell],
+    data: &'d W::Data,
     from: usize,
     to: usize,
     /// Room for these rows in f32, where many tokens make it worth unpacking them.
@@ -421,7 +444,7 @@ impl Tile<'_> {
             let start = (token + t) * self.per_row;
             &self.x[start..start + self.per_row]
         });
-        let ahead = self.product.cols * size_of::<W::Cell>() * R;
+        let ahead = W::bytes(self.product.cols) * R;
         for i in 0..whole {
             let mut at = [s.zero(); T];
             for t in 0..T {

@@ -273,6 +273,52 @@ job!(StoreKv { x: &'a [f32], dst: &'a mut [f16] } -> (), |s| {
     }
 });
 
+/// Adds and subtracts elements `h` apart, for every `h` below the length, a power of two.
+#[inline(always)]
+fn butterflies(x: &mut [f32]) {
+    let mut h = 1;
+    while h < x.len() {
+        for pairs in x.chunks_exact_mut(2 * h) {
+            let (low, high) = pairs.split_at_mut(h);
+            for (a, b) in low.iter_mut().zip(high) {
+                (*a, *b) = (*a + *b, *a - *b);
+            }
+        }
+        h *= 2;
+    }
+}
+
+job!(Hadamard { x: &'a mut [f32], block: usize } -> (), |s| {
+    let factor = (1.0 / (block as f64).sqrt()) as f32;
+    if block < LANES {
+        for x in x.chunks_exact_mut(block) {
+            x.iter_mut().for_each(|x| *x *= factor);
+            butterflies(x);
+        }
+        return;
+    }
+    let factor = s.splat(factor);
+    for x in x.chunks_exact_mut(block) {
+        let chunks = x.as_chunks_mut::<LANES>().0;
+        for chunk in chunks.iter_mut() {
+            s.store(s.mul(s.load(chunk), factor), chunk);
+            butterflies(chunk);
+        }
+        let mut h = 1;
+        while h < chunks.len() {
+            for pairs in chunks.chunks_exact_mut(2 * h) {
+                let (low, high) = pairs.split_at_mut(h);
+                for (low, high) in low.iter_mut().zip(high) {
+                    let (a, b) = (s.load(low), s.load(high));
+                    s.store(s.add(a, b), low);
+                    s.store(s.sub(a, b), high);
+                }
+            }
+            h *= 2;
+        }
+    }
+});
+
 impl Kernels {
     /// `Σ a·b`. Empty slices give 0.
     pub fn dot(&self, a: &[f32], b: &[f32]) -> f32 {
@@ -348,6 +394,17 @@ impl Kernels {
         if head_dim > 0 {
             self.lanes(Rope { x, head_dim, cos, sin });
         }
+    }
+
+    /// Multiplies every block of `block` elements by the orthonormal Walsh–Hadamard matrix in natural order,
+    /// `H[i][j] = (-1)^popcount(i & j) / sqrt(block)`, which is its own inverse.
+    ///
+    /// Scaled first, then added and subtracted at distances 1, 2, 4, …, which fixes the bits. Panics unless `block` is a power
+    /// of two that divides the length.
+    pub fn hadamard(&self, x: &mut [f32], block: usize) {
+        assert!(block.is_power_of_two(), "hadamard: blocks of {block}");
+        assert!(x.len().is_multiple_of(block), "hadamard: {} elements in blocks of {block}", x.len());
+        self.lanes(Hadamard { x, block });
     }
 
     /// Index of the largest element, the first of equals. NaN never wins; 0 where nothing else is there.

@@ -44,6 +44,8 @@ pub(crate) trait Lanes: Arithmetic {
     fn load_f16(self, p: &[f16; LANES]) -> Self::V;
     fn load_bf16(self, p: &[bf16; LANES]) -> Self::V;
     fn load_i8(self, p: &[i8; LANES]) -> Self::V;
+    /// Lane `i` is the two-bit code at bit `2i`, less 1.
+    fn load_trits(self, codes: u32) -> Self::V;
     /// One half float, exactly.
     fn widen(self, x: f16) -> f32;
     /// Rounds to nearest, ties to even; beyond 65504 + half a step becomes infinity.
@@ -263,6 +265,10 @@ impl Lanes for Scalar {
     #[inline(always)]
     fn load_i8(self, p: &[i8; LANES]) -> Chunk {
         p.map(f32::from)
+    }
+    #[inline(always)]
+    fn load_trits(self, codes: u32) -> Chunk {
+        std::array::from_fn(|i| f32::from((codes >> (2 * i) & 3) as i8 - 1))
     }
     #[inline(always)]
     fn widen(self, x: f16) -> f32 {

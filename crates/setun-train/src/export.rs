@@ -155,7 +155,7 @@ fn config_json(config: &ModelConfig, options: &ExportOptions) -> Result<Value, M
             let all = FLOAT_TWIN.map(str::to_owned).to_vec();
             let exceptions = Some(Exceptions::new(all)?);
             let storage = Storage::Masters;
-            stored.numerics = Numerics::Ternary(Ternary { storage, exceptions });
+            stored.numerics = Numerics::Ternary(Ternary::bitnet(storage, exceptions));
         }
         Numerics::Float => {}
     }

@@ -19,7 +19,7 @@ mod norm;
 use std::sync::Arc;
 
 use setun::config::{Activation, RopeTable};
-use setun::ops::{Attention, Linear, Ops};
+use setun::ops::{Attention, Direction, Linear, Ops, Rotate};
 
 use crate::engine::{CHUNK, Engine, Floats, add_assign};
 use crate::params::{ParamId, Params};
@@ -226,6 +226,10 @@ impl<'a> Ops for Tape<'a> {
 
     fn linear<const N: usize>(&mut self, x: &Var, layers: [&Linear<ParamId, ParamId>; N]) -> [Var; N] {
         self.linear_group(x, layers.map(|layer| (layer.matrix, layer.bias)))
+    }
+
+    fn rotate(&mut self, x: &Var, by: &Rotate, direction: Direction) -> Var {
+        self.turn(x, by, direction)
     }
 
     fn rope(&mut self, x: Var, heads: usize, head_dim: usize) -> Var {

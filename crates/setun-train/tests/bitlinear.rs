@@ -75,7 +75,7 @@ fn bitlinear_equals_pytorch_in_integers_outputs_and_gradients() {
         PackedMatrix::pack(matrix, kernels, pool).matmul_i32(&codes, &mut sums, pool);
         assert_eq!(sums, golden.integers(&format!("{case}.acc_int32")), "{case}: sums");
 
-        let [y] = tape.linear(&normed, [&Linear { matrix: weight, bias, norm: None }]);
+        let [y] = tape.linear(&normed, [&Linear { bias, ..Linear::plain(weight) }]);
         let expect = |what: &str, found: &[f32]| {
             let expected: Vec<f64> = floats(what).into_iter().map(f64::from).collect();
             assert_close(&format!("{case}, {what}"), found, &expected, 1e-5);

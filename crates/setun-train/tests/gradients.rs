@@ -5,7 +5,7 @@ mod common;
 use common::{Bench, noise};
 use setun::config::Activation;
 use setun::model::Role;
-use setun::ops::{Attention, Linear, Ops};
+use setun::ops::{Attention, Direction, Linear, Ops, Rotate};
 use setun_train::params::{Kind, ParamId};
 use setun_train::tape::{Tape, Var};
 
@@ -82,7 +82,7 @@ fn check(
 }
 
 fn linear(matrix: ParamId, bias: Option<ParamId>) -> Linear<ParamId, ParamId> {
-    Linear { matrix, bias, norm: None }
+    Linear { bias, ..Linear::plain(matrix) }
 }
 
 #[test]
@@ -101,6 +101,32 @@ fn rms_norm_has_the_gradient_of_its_formula() {
         let mut bench = Bench::new(2);
         let weight = bench.vector("weight", width, Kind::Norm);
         check("rms_norm", &mut bench, [1, 3], &[width], |tape, x| vec![tape.rms_norm(&x[0], &weight, 1e-3)]);
+    }
+}
+
+#[test]
+fn rms_norm_of_heads_adds_up_the_gradients_of_their_shared_weight() {
+    let mut bench = Bench::new(2);
+    let weight = bench.vector("weight", 8, Kind::Norm);
+    check("rms_norm of heads", &mut bench, [1, 3], &[24], |tape, x| {
+        let y = tape.rms_norm(&x[0], &weight, 1e-3);
+        assert_eq!(y.width(), 24);
+        vec![y]
+    });
+}
+
+#[test]
+fn a_rotation_goes_back_by_its_transpose() {
+    let signs = [1.0, -1.0, -1.0, 1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 1.0, -1.0];
+    for signs in [Some(signs.into()), None] {
+        let by = Rotate { block: 4, signs };
+        for direction in [Direction::Forward, Direction::Back] {
+            check(&format!("rotate {direction:?}"), &mut Bench::new(2), [2, 3], &[12], |tape, x| {
+                // Used twice, so that the gradients of a shared input add up.
+                let y = tape.rotate(&x[0], &by, direction);
+                vec![tape.add(x[0].clone(), y)]
+            });
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{assert_close, noise, tiny};
+use common::{assert_close, noise, tiny, tiny_qwen3};
 use setun::config::{ModelConfig, RopeTable};
 use setun::model::Role;
 use setun_train::config::OptimizerSection;
@@ -60,7 +60,11 @@ fn batch(sequences: usize, seq_len: usize, vocab: u32) -> Batch {
 
 #[test]
 fn the_gradient_of_a_float_model_is_that_of_its_loss() {
-    let mut run = Run::new(tiny(false), 2);
+    [tiny(false), tiny_qwen3()].into_iter().for_each(gradient_is_that_of_the_loss);
+}
+
+fn gradient_is_that_of_the_loss(config: ModelConfig) {
+    let mut run = Run::new(config, 2);
     // Larger weights than at the start of a run, so that every part matters.
     let ids: Vec<ParamId> = run.params.ids().collect();
     for (i, &id) in ids.iter().enumerate() {

@@ -5,9 +5,12 @@
 
 mod gguf;
 mod huggingface;
+mod known;
 mod rope;
+mod rotation;
 
 pub use rope::{Rope, RopeScaling, RopeTable};
+pub use rotation::Rotation;
 
 use crate::error::ModelError;
 use crate::format::{Checkpoint, Llama2cFacts, Llama2cKind};
@@ -32,6 +35,9 @@ pub enum Family {
     Mistral,
     /// Llama with biases on q, k and v, and windows on the upper layers.
     Qwen2,
+    /// Llama with a norm on every query and key head, and heads of a width of their own. Ternary-Bonsai 1.7B to 8B and CAT-Q's
+    /// Qwen3 are of this family.
+    Qwen3,
     /// `BitNetForCausalLM` (2B-4T): SubLN, squared ReLU.
     BitNet,
     /// The first BitNet b1.58 models (1bitLLM) and their kin: SubLN, SiLU.
@@ -43,17 +49,43 @@ pub enum Family {
 pub enum Numerics {
     /// Everything in floating point.
     Float,
-    /// BitNet's W1.58A8: ternary weights, activations rounded to int8 per token.
+    /// Ternary weights: BitNet's W1.58A8, or weights alone (W1.58A16).
     Ternary(Ternary),
+}
+
+/// What ternary layers multiply with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ActivationType {
+    /// int8, rounded per token, as BitNet b1.58 is trained.
+    #[default]
+    Int8,
+    /// Float, as models are defined of which only the weights were made ternary.
+    Float,
+}
+
+impl std::fmt::Display for ActivationType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if *self == Self::Int8 { "int8" } else { "float" })
+    }
 }
 
 /// Which layers are ternary, and what their tensors hold.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ternary {
+    /// What the model is defined to multiply them with. Embedding and head may be ternary too where it is
+    /// [`ActivationType::Float`].
+    pub activations: ActivationType,
     /// What the file holds for a ternary layer.
     pub storage: Storage,
     /// Layers left in float, by `modules_to_not_convert`'s rules; `None`: all but the output head.
     pub exceptions: Option<Exceptions>,
+}
+
+impl Ternary {
+    /// W1.58A8 with these tensors.
+    pub fn bitnet(storage: Storage, exceptions: Option<Exceptions>) -> Self {
+        Self { activations: ActivationType::Int8, storage, exceptions }
+    }
 }
 
 /// What a file holds for a ternary layer. GGUF types say it themselves; for safetensors the config does.
@@ -152,6 +184,8 @@ pub struct ModelConfig {
     pub sub_norms: bool,
     /// ε of the norm inside every ternary linear layer (`use_rms_norm`), where there is one.
     pub inner_norm_eps: Option<f32>,
+    /// Norms of every query and key head before RoPE.
+    pub qk_norm: bool,
     /// Biases on q, k and v.
     pub qkv_bias: bool,
     /// Bias on the output projection.
@@ -160,6 +194,8 @@ pub struct ModelConfig {
     pub mlp_bias: bool,
     /// How linear layers are computed.
     pub numerics: Numerics,
+    /// The rotated basis that weights are stored in, where they are.
+    pub rotation: Option<Rotation>,
     /// Start-of-text id, where the file names one.
     pub bos: Option<u32>,
     /// Ids that end generation.
@@ -222,13 +258,15 @@ impl ModelConfig {
             windows: vec![None; shape.num_layers.min(MAX_LAYERS)],
             sub_norms: shape.sub_norms,
             inner_norm_eps: None,
+            qk_norm: false,
             qkv_bias: false,
             output_bias: false,
             mlp_bias: false,
             numerics: match ternary {
-                true => Numerics::Ternary(Ternary { storage: Storage::Masters, exceptions: None }),
+                true => Numerics::Ternary(Ternary::bitnet(Storage::Masters, None)),
                 false => Numerics::Float,
             },
+            rotation: None,
             bos: None,
             eos: Vec::new(),
         };
@@ -250,6 +288,14 @@ impl ModelConfig {
             let what = "there is no config.json beside it, so the model's shape is unknown: put the one it came with there";
             ModelError::Unsupported { path: file.path().to_owned(), what: what.into() }
         })?;
+        // Loaders that do not know these files run the weights as they are, and print nonsense.
+        for name in ["hadamard_packing.json", "hadamard.json"] {
+            if let Some(path) = file.folder().map(|folder| folder.join(name)).filter(|path| path.exists()) {
+                let what = "it says that the weights beside it are stored in a rotated basis, which is read from GGUF files \
+                            alone: take the model's GGUF file";
+                return Err(ModelError::unsupported(&path, what));
+            }
+        }
         let mut config = Self::from_json(&json)?;
         // Generation settings may name more end tokens than the model's own config does (`<|eot_id|>`).
         if let Some(ids) =
@@ -290,10 +336,17 @@ impl ModelConfig {
             // Their layers divide by the bare root mean square, of inputs as small as 1e-3; only a zero row needs an ε. The final
             // norm has 1e-5 in the original, which scales all logits of a position alike by some 1e-6.
             config.rms_norm_eps = 1e-20;
-            config.numerics =
-                Numerics::Ternary(Ternary { storage: Storage::SelfDescribed, exceptions: None });
+            config.numerics = Numerics::Ternary(Ternary::bitnet(Storage::SelfDescribed, None));
         }
         config.check()
+    }
+
+    /// What ternary layers multiply with by the model's definition; float where there are none.
+    pub fn activations(&self) -> ActivationType {
+        match &self.numerics {
+            Numerics::Ternary(ternary) => ternary.activations,
+            Numerics::Float => ActivationType::Float,
+        }
     }
 
     /// Whether the linear layer `module` (`model.layers.0.mlp.up_proj`, `lm_head`) is ternary.
@@ -338,7 +391,8 @@ impl ModelConfig {
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let biases = [(self.qkv_bias, q + 2 * kv), (self.output_bias, h), (self.mlp_bias, 2 * f + h)];
         let biases: usize = biases.iter().map(|&(on, n)| if on { n } else { 0 }).sum();
-        let norms = 2 * h + if self.sub_norms { q + f } else { 0 };
+        let norms =
+            2 * h + if self.sub_norms { q + f } else { 0 } + if self.qk_norm { 2 * self.head_dim } else { 0 };
         let layer = h * (q + 2 * kv) + q * h + 3 * h * f + norms + biases;
         self.vocab_size * h * (2 - usize::from(self.tied)) + self.num_layers * layer + h
     }
@@ -430,7 +484,7 @@ mod tests {
             let names = names.iter().map(|&name| name.to_owned()).collect();
             let exceptions = Some(Exceptions::new(names).unwrap());
             let mut config = ModelConfig::fresh(&shape, true).unwrap();
-            config.numerics = Numerics::Ternary(Ternary { storage: Storage::Masters, exceptions });
+            config.numerics = Numerics::Ternary(Ternary::bitnet(Storage::Masters, exceptions));
             config
         };
         let default = ModelConfig::fresh(&shape, true).unwrap();

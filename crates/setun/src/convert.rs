@@ -18,7 +18,7 @@ mod verify;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::config::{ModelConfig, Numerics, RopeScaling};
+use crate::config::{ActivationType, ModelConfig, Numerics, RopeScaling};
 use crate::error::ModelError;
 use crate::format::gguf::GgufWriter;
 use crate::format::{Checkpoint, Encoding, SafetensorsWriter, ScaleConvention, TensorSpec};
@@ -205,6 +205,11 @@ impl<'a> Job<'a> {
         Weights::new(self.file, self.config)
     }
 
+    /// Ternary weights with float activations: any type that holds the values computes the same.
+    fn is_weight_only(&self) -> bool {
+        self.is_ternary() && self.config.activations() == ActivationType::Float
+    }
+
     fn is_ternary(&self) -> bool {
         self.planned.iter().any(|p| p.ternary)
     }
@@ -306,7 +311,8 @@ fn check_types(
         return Ok(());
     }
     // Float copies of ternary weights: only an architecture that is ternary by name is still run as one.
-    if ternary && !asked.is_ternary() && !config.sub_norms && !options.lossy {
+    let rounds = config.activations() == ActivationType::Int8;
+    if ternary && !asked.is_ternary() && rounds && !config.sub_norms && !options.lossy {
         let why = "GGUF's `llama` marks ternary layers by their type alone, so a reader would no longer quantise \
                    activations as the model defines: use i2_s, tq1_0 or tq2_0, or allow the change (--lossy)";
         return refuse(first, asked, why.into());
@@ -329,6 +335,7 @@ fn difference(job: &Job, found: &ModelConfig) -> Option<&'static str> {
             ("max_position_embeddings", c.max_positions),
             ("tie_word_embeddings", usize::from(c.tied)),
             ("sub_norms", usize::from(c.sub_norms)),
+            ("q_norm", usize::from(c.qk_norm)),
             ("attention_bias", usize::from(c.qkv_bias) + 2 * usize::from(c.output_bias)),
             ("mlp_bias", usize::from(c.mlp_bias)),
         ]
@@ -336,12 +343,6 @@ fn difference(job: &Job, found: &ModelConfig) -> Option<&'static str> {
     if let Some(((field, _), _)) = sizes(expected).into_iter().zip(sizes(found)).find(|(a, b)| a != b) {
         return Some(field);
     }
-    // Float copies of ternary layers were allowed to change the numerics, with a note.
-    let ternary = match job.options.target {
-        Target::Gguf => job.is_ternary(),
-        Target::HuggingFace => expected.numerics != Numerics::Float,
-    };
-    let becomes_float = job.options.lossy && found.numerics == Numerics::Float;
     let checks = [
         ("rms_norm_eps", expected.rms_norm_eps == found.rms_norm_eps),
         ("hidden_act", expected.activation == found.activation),
@@ -353,9 +354,28 @@ fn difference(job: &Job, found: &ModelConfig) -> Option<&'static str> {
             expected.bos.is_none_or(|id| found.bos == Some(id)) || job.options.tokenizer.is_some(),
         ),
         ("eos_token_id", job.options.lossy || expected.eos.iter().all(|id| found.eos.contains(id))),
-        ("quantization_config", ternary == (found.numerics != Numerics::Float) || becomes_float),
+        ("prism.hadamard", expected.rotation == found.rotation),
+        ("quantization_config", same_numerics(job, found)),
     ];
     checks.into_iter().find(|(_, same)| !same).map(|(field, _)| field)
+}
+
+/// Whether the layers are still multiplied with what the model defines.
+fn same_numerics(job: &Job, found: &ModelConfig) -> bool {
+    // Float copies of ternary layers were allowed to change the numerics, with a note.
+    if job.options.lossy && found.numerics == Numerics::Float {
+        return true;
+    }
+    // Those of weight-only models change nothing.
+    if job.is_weight_only() {
+        return found.activations() == ActivationType::Float;
+    }
+    let ternary = match job.options.target {
+        Target::Gguf => job.is_ternary(),
+        Target::HuggingFace => job.config.numerics != Numerics::Float,
+    };
+    ternary == (found.numerics != Numerics::Float)
+        && (!ternary || found.activations() == job.config.activations())
 }
 
 /// Equal frequencies, whichever way they are written; GGUF keeps the base and the factors as f32.

@@ -2,16 +2,18 @@
 
 use setun_kernels::Kernels;
 use setun_kernels::attention::AttentionShape;
-use setun_kernels::dense::{DenseData, DenseMatrix};
+use setun_kernels::dense::DenseMatrix;
+use setun_kernels::matrix::TernaryMatrix;
 use setun_kernels::quant::Activations;
 use setun_kernels::ternary::PackedMatrix;
 use setun_kernels::threads::Pool;
 
+pub use crate::config::ActivationType;
 use crate::config::{Activation, ModelConfig, RopeTable};
 use crate::error::ModelError;
 use crate::kv_cache::KvCache;
 use crate::model::{Role, Source};
-use crate::ops::{Attention, Linear, Ops, Tap};
+use crate::ops::{Attention, Direction, Linear, Ops, Rotate, Tap};
 use crate::weights::{Weight, Weights};
 
 /// A matrix ready to multiply.
@@ -19,6 +21,15 @@ use crate::weights::{Weight, Weights};
 pub enum CpuMatrix {
     /// Ternary, in the layout of one kernel; inputs are rounded to int8 per token.
     Ternary(PackedMatrix),
+    /// Ternary, as canonical codes: multiplied with float inputs, or an embedding's rows.
+    Codes(TernaryMatrix),
+    /// A ternary embedding that is the head as well: rows from the codes, products with inputs rounded to int8.
+    Tied {
+        /// For looking up.
+        rows: TernaryMatrix,
+        /// For multiplying.
+        product: PackedMatrix,
+    },
     /// Floating point.
     Dense(DenseMatrix),
 }
@@ -27,20 +38,11 @@ impl CpuMatrix {
     /// Bytes that one multiplication reads.
     pub fn bytes(&self) -> usize {
         match self {
-            Self::Ternary(matrix) => matrix.bytes(),
+            Self::Ternary(matrix) | Self::Tied { product: matrix, .. } => matrix.bytes(),
+            Self::Codes(matrix) => matrix.bytes(),
             Self::Dense(matrix) => matrix.bytes(),
         }
     }
-}
-
-/// What ternary layers multiply with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum ActivationType {
-    /// int8 per token, as BitNet b1.58 is trained.
-    #[default]
-    Int8,
-    /// Float: ternary weights are expanded. Slow; for models trained so, and for comparison.
-    Float,
 }
 
 /// Reads a checkpoint's tensors into the layouts of one kernel.
@@ -68,19 +70,19 @@ impl Source for CpuSource<'_> {
     type Vector = Vec<f32>;
 
     fn matrix(&mut self, name: &str, rows: usize, cols: usize, role: Role) -> Result<CpuMatrix, ModelError> {
-        Ok(match (self.weights.matrix(name, rows, cols, role)?, self.activations) {
-            (Weight::Dense(matrix), _) => CpuMatrix::Dense(matrix),
-            (Weight::Ternary(matrix), ActivationType::Int8) => {
-                CpuMatrix::Ternary(PackedMatrix::pack(&matrix, self.kernels, self.pool))
+        let matrix = match self.weights.matrix(name, rows, cols, role)? {
+            Weight::Dense(matrix) => return Ok(CpuMatrix::Dense(matrix)),
+            Weight::Ternary(matrix) => matrix,
+        };
+        let pack = |matrix: &TernaryMatrix| PackedMatrix::pack(matrix, self.kernels, self.pool);
+        let tied = self.weights.config().tied;
+        Ok(match (self.activations, role) {
+            (ActivationType::Float, _) => CpuMatrix::Codes(matrix),
+            (ActivationType::Int8, Role::Embedding) if tied => {
+                CpuMatrix::Tied { product: pack(&matrix), rows: matrix }
             }
-            (Weight::Ternary(matrix), ActivationType::Float) => {
-                let mut values = vec![0.0; rows * cols];
-                for (r, row) in values.chunks_mut(cols.max(1)).enumerate() {
-                    matrix.dequantize_row(r, row);
-                }
-                let dense = DenseMatrix::new(rows, cols, DenseData::F32(values));
-                CpuMatrix::Dense(dense.map_err(|e| ModelError::tensor(name, e.to_string()))?)
-            }
+            (ActivationType::Int8, Role::Embedding) => CpuMatrix::Codes(matrix),
+            (ActivationType::Int8, _) => CpuMatrix::Ternary(pack(&matrix)),
         })
     }
 
@@ -181,19 +183,27 @@ impl Ops for CpuOps<'_, '_> {
     type Vector = Vec<f32>;
 
     fn embed(&mut self, table: &CpuMatrix, ids: &[u32]) -> Buf {
-        let CpuMatrix::Dense(table) = table else {
-            unreachable!("embeddings are read as Role::Embedding, always dense")
+        let width = match table {
+            CpuMatrix::Dense(table) => table.cols(),
+            CpuMatrix::Codes(rows) | CpuMatrix::Tied { rows, .. } => rows.cols(),
+            CpuMatrix::Ternary(_) => unreachable!("what is read as Role::Embedding keeps its rows"),
         };
-        let mut out = self.work.buf(ids.len(), table.cols());
-        for (row, &id) in out.data.chunks_mut(table.cols()).zip(ids) {
-            table.row_f32(id as usize, row);
+        let mut out = self.work.buf(ids.len(), width);
+        for (out, &id) in out.data.chunks_mut(width).zip(ids) {
+            match table {
+                CpuMatrix::Dense(table) => table.row_f32(id as usize, out),
+                CpuMatrix::Codes(rows) | CpuMatrix::Tied { rows, .. } => {
+                    rows.dequantize_row(id as usize, out)
+                }
+                CpuMatrix::Ternary(_) => {}
+            }
         }
         out
     }
 
     fn rms_norm(&mut self, x: &Buf, weight: &Vec<f32>, eps: f32) -> Buf {
         let mut out = self.work.buf(self.rows(x), x.width);
-        let (kernels, width) = (self.kernels, x.width);
+        let (kernels, width) = (self.kernels, weight.len());
         self.by_rows(&mut out.data, width, |t, row| {
             kernels.rms_norm(&x.data[t * width..(t + 1) * width], Some(weight), eps, row);
         });
@@ -203,7 +213,8 @@ impl Ops for CpuOps<'_, '_> {
     fn linear<const N: usize>(&mut self, x: &Buf, layers: [&Linear<CpuMatrix, Vec<f32>>; N]) -> [Buf; N] {
         let tokens = self.rows(x);
         let rows = |matrix: &CpuMatrix| match matrix {
-            CpuMatrix::Ternary(matrix) => matrix.rows(),
+            CpuMatrix::Ternary(matrix) | CpuMatrix::Tied { product: matrix, .. } => matrix.rows(),
+            CpuMatrix::Codes(matrix) => matrix.rows(),
             CpuMatrix::Dense(matrix) => matrix.rows(),
         };
         let mut out = layers.map(|layer| self.work.buf(tokens, rows(&layer.matrix)));
@@ -211,9 +222,12 @@ impl Ops for CpuOps<'_, '_> {
         let mut packed_out: Vec<&mut [f32]> = Vec::with_capacity(N);
         for (layer, out) in layers.iter().zip(&mut out) {
             match &layer.matrix {
-                CpuMatrix::Ternary(matrix) => {
+                CpuMatrix::Ternary(matrix) | CpuMatrix::Tied { product: matrix, .. } => {
                     packed.push(matrix);
                     packed_out.push(&mut out.data);
+                }
+                CpuMatrix::Codes(matrix) => {
+                    matrix.matmul_float(self.kernels, &x.data, tokens, &mut out.data, self.pool)
                 }
                 CpuMatrix::Dense(matrix) => {
                     matrix.matmul(self.kernels, &x.data, tokens, &mut out.data, self.pool)
@@ -231,6 +245,16 @@ impl Ops for CpuOps<'_, '_> {
                 }
             }
         }
+        out
+    }
+
+    fn rotate(&mut self, x: &Buf, by: &Rotate, direction: Direction) -> Buf {
+        let mut out = self.work.buf(self.rows(x), x.width);
+        let (kernels, width) = (self.kernels, x.width);
+        self.by_rows(&mut out.data, width, |t, row| {
+            row.copy_from_slice(&x.data[t * width..(t + 1) * width]);
+            by.apply(kernels, row, direction);
+        });
         out
     }
 

@@ -15,14 +15,16 @@ use crate::ops::{Linear, Tap};
 use crate::weights::Weights;
 
 /// How to load and run a model. The defaults are the fastest that keep the model's own numerics.
+///
+/// Ternary matrices take their two bits per weight in memory with either kind of activations.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct EngineOptions {
     /// Kernel set, the fastest if `None`.
     pub kernels: Option<&'static Kernels>,
     /// Threads, one per physical core the process may use if `None`.
     pub threads: Option<usize>,
-    /// What ternary layers multiply with.
-    pub activations: ActivationType,
+    /// What ternary layers multiply with, what the model is defined to ([`ModelConfig::activations`]) if `None`.
+    pub activations: Option<ActivationType>,
 }
 
 /// Tokens that one prefill pass takes at most: long enough for matrix kernels, short enough for the cache.
@@ -34,6 +36,7 @@ pub struct Engine {
     model: Model<CpuMatrix, Vec<f32>>,
     kernels: &'static Kernels,
     pool: Pool,
+    activations: ActivationType,
 }
 
 impl Engine {
@@ -55,15 +58,18 @@ impl Engine {
         let pool = Pool::new(options.threads.unwrap_or_else(physical_cores_allowed));
         let weights = Weights::new(file, &config);
         weights.check_all_used()?;
-        let mut source = CpuSource::new(weights, kernels, &pool, options.activations);
+        let activations = options.activations.unwrap_or(config.activations());
+        let mut source = CpuSource::new(weights, kernels, &pool, activations);
         let model = Model::build(config.clone(), &mut source)?;
-        Ok(Self { model, kernels, pool })
+        Ok(Self { model, kernels, pool, activations })
     }
 
     /// An engine around weights made elsewhere: random ones for a benchmark, a trainer's for a check.
     pub fn from_model(model: Model<CpuMatrix, Vec<f32>>, options: &EngineOptions) -> Self {
         let kernels = options.kernels.unwrap_or_else(Kernels::best);
-        Self { model, kernels, pool: Pool::new(options.threads.unwrap_or_else(physical_cores_allowed)) }
+        let pool = Pool::new(options.threads.unwrap_or_else(physical_cores_allowed));
+        let activations = options.activations.unwrap_or(model.config.activations());
+        Self { model, kernels, pool, activations }
     }
 
     /// The model's shape and numerics.
@@ -74,6 +80,11 @@ impl Engine {
     /// The kernel set in use.
     pub fn kernels(&self) -> &'static Kernels {
         self.kernels
+    }
+
+    /// What ternary layers multiply with.
+    pub fn activations(&self) -> ActivationType {
+        self.activations
     }
 
     /// The thread pool.
@@ -233,7 +244,7 @@ impl<'e> Session<'e> {
     }
 
     fn pass(&mut self, ids: &[u32], length: usize, want: Want, taps: Option<&mut Taps>) {
-        let Engine { model, kernels, pool } = self.engine;
+        let Engine { model, kernels, pool, .. } = self.engine;
         let mut parts = [Part { cache: &mut self.cache, tokens: ids.len(), length }];
         let mut ops = CpuOps::new(kernels, pool, &mut self.work, &mut parts, taps);
         let mut hidden = model.hidden(&mut ops, ids);

@@ -6,16 +6,16 @@
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
-use crate::ops::{Linear, Ops, Tap};
+use crate::ops::{Direction, Linear, Ops, Tap};
 
 /// What a matrix is for, which decides how it is stored and multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// The token embedding, `[vocab_size, hidden_size]`; also the output head of a tied model.
+    /// The token embedding, `[vocab_size, hidden_size]`; also the output head of a tied model. Ternary in a few models.
     Embedding,
     /// A linear layer whose weights are ternary.
     Ternary,
-    /// A linear layer in floating point.
+    /// A linear layer in floating point; the output head, which is ternary in a few models.
     Float,
 }
 
@@ -56,6 +56,10 @@ pub struct Layer<M, V> {
     pub k: Linear<M, V>,
     /// Value projection, `[kv_heads * head_dim, hidden_size]`.
     pub v: Linear<M, V>,
+    /// Norm of every query head, `[head_dim]`, before RoPE (Qwen3).
+    pub q_norm: Option<V>,
+    /// Norm of every key head, `[head_dim]`, before RoPE (Qwen3).
+    pub k_norm: Option<V>,
     /// BitNet's SubLN over the concatenated heads, before the output projection.
     pub attn_sub_norm: Option<V>,
     /// Output projection, `[hidden_size, heads * head_dim]`.
@@ -77,7 +81,8 @@ pub struct Layer<M, V> {
 pub struct Model<M, V> {
     /// Its shape and numerics.
     pub config: ModelConfig,
-    /// Token embedding, `[vocab_size, hidden_size]`; the output head too when tied.
+    /// Token embedding, `[vocab_size, hidden_size]`; the output head too when tied. Where it has a rotation, its rows are
+    /// rotated back when they are looked up.
     pub embed: Linear<M, V>,
     /// The blocks, in order.
     pub layers: Vec<Layer<M, V>>,
@@ -105,12 +110,18 @@ impl<M, V> Model<M, V> {
             true => None,
             false => Some(linear(c, source, "lm_head", c.vocab_size, c.hidden_size, false)?),
         };
-        Ok(Self { embed: Linear { matrix: embed, bias: None, norm: None }, layers, norm, head, config })
+        let rotation = c.rotation.as_ref().map_or(Ok(None), |r| r.of_embedding(c.hidden_size))?;
+        Ok(Self { embed: Linear { rotation, ..Linear::plain(embed) }, layers, norm, head, config })
     }
 
     /// Hidden states `[tokens, hidden_size]` after the final norm, for the batch that `ops` was told about.
     pub fn hidden<O: Ops<Matrix = M, Vector = V>>(&self, ops: &mut O, ids: &[u32]) -> O::Buf {
         let mut x = ops.embed(&self.embed.matrix, ids);
+        if let Some(rotation) = &self.embed.rotation {
+            let latent = x;
+            x = ops.rotate(&latent, rotation, Direction::Back);
+            ops.release(latent);
+        }
         ops.tap(Tap::Embed, &x);
         for (n, layer) in self.layers.iter().enumerate() {
             x = layer.forward(&self.config, n, ops, x);
@@ -145,6 +156,8 @@ impl<M, V> Layer<M, V> {
             q: linear(source, "self_attn.q_proj", q_out, hidden, c.qkv_bias)?,
             k: linear(source, "self_attn.k_proj", kv_out, hidden, c.qkv_bias)?,
             v: linear(source, "self_attn.v_proj", kv_out, hidden, c.qkv_bias)?,
+            q_norm: optional(c.qk_norm, source, &name("self_attn.q_norm.weight"), c.head_dim)?,
+            k_norm: optional(c.qk_norm, source, &name("self_attn.k_norm.weight"), c.head_dim)?,
             attn_sub_norm: optional(c.sub_norms, source, &name("self_attn.attn_sub_norm.weight"), q_out)?,
             o: linear(source, "self_attn.o_proj", hidden, q_out, c.output_bias)?,
             mlp_norm: source.vector(&name("post_attention_layernorm.weight"), hidden)?,
@@ -165,9 +178,10 @@ impl<M, V> Layer<M, V> {
         let normed = ops.rms_norm(&x, &self.attn_norm, c.rms_norm_eps);
         let [q, k, v] = project(c, ops, &normed, [&self.q, &self.k, &self.v]);
         ops.release(normed);
+        let (q, k) = (norm(c, ops, q, self.q_norm.as_ref()), norm(c, ops, k, self.k_norm.as_ref()));
         let (q, k) = (ops.rope(q, c.heads, c.head_dim), ops.rope(k, c.kv_heads, c.head_dim));
         let mixed = ops.attention(q, k, v, c.attention(n));
-        let mixed = sub_norm(c, ops, mixed, self.attn_sub_norm.as_ref());
+        let mixed = norm(c, ops, mixed, self.attn_sub_norm.as_ref());
         let [attn] = project(c, ops, &mixed, [&self.o]);
         ops.release(mixed);
         let x = ops.add(x, attn);
@@ -176,7 +190,7 @@ impl<M, V> Layer<M, V> {
         let [gate, up] = project(c, ops, &normed, [&self.gate, &self.up]);
         ops.release(normed);
         let gated = ops.gate(gate, up, c.activation);
-        let gated = sub_norm(c, ops, gated, self.ffn_sub_norm.as_ref());
+        let gated = norm(c, ops, gated, self.ffn_sub_norm.as_ref());
         let [mlp] = project(c, ops, &gated, [&self.down]);
         ops.release(gated);
         ops.add(x, mlp)
@@ -203,6 +217,7 @@ fn linear<M, V>(
             &format!("{name}.rms_norm.weight"),
             cols,
         )?,
+        rotation: c.rotation.as_ref().map_or(Ok(None), |r| r.of_linear(name, cols))?,
     })
 }
 
@@ -215,23 +230,48 @@ fn optional<M, V>(
     if present { source.vector(name, len).map(Some) } else { Ok(None) }
 }
 
-/// One input through several layers; those with an inner norm each see their own normalised copy.
+/// One input through several layers. Those with an inner norm each see their own normalised copy; those that are folded share
+/// one rotated copy, since a rotation belongs to the input's width.
 fn project<O: Ops, const N: usize>(
     c: &ModelConfig,
     ops: &mut O,
     x: &O::Buf,
     layers: [&Linear<O::Matrix, O::Vector>; N],
 ) -> [O::Buf; N] {
-    let Some(eps) = c.inner_norm_eps else { return ops.linear(x, layers) };
-    layers.map(|layer| {
-        let normed = layer.norm.as_ref().map(|weight| ops.rms_norm(x, weight, eps));
-        let [y] = ops.linear(normed.as_ref().unwrap_or(x), [layer]);
-        normed.into_iter().for_each(|buf| ops.release(buf));
-        y
-    })
+    if let Some(eps) = c.inner_norm_eps {
+        return layers.map(|layer| {
+            let normed = layer.norm.as_ref().map(|weight| ops.rms_norm(x, weight, eps));
+            let [y] = project_rotated(ops, normed.as_ref().unwrap_or(x), [layer]);
+            normed.into_iter().for_each(|buf| ops.release(buf));
+            y
+        });
+    }
+    project_rotated(ops, x, layers)
 }
 
-fn sub_norm<O: Ops>(c: &ModelConfig, ops: &mut O, x: O::Buf, weight: Option<&O::Vector>) -> O::Buf {
+fn project_rotated<O: Ops, const N: usize>(
+    ops: &mut O,
+    x: &O::Buf,
+    layers: [&Linear<O::Matrix, O::Vector>; N],
+) -> [O::Buf; N] {
+    let Some(rotation) = layers.iter().find_map(|layer| layer.rotation.as_ref()) else {
+        return ops.linear(x, layers);
+    };
+    let rotated = ops.rotate(x, rotation, Direction::Forward);
+    let out = match layers.iter().all(|layer| layer.rotation.is_some()) {
+        true => ops.linear(&rotated, layers),
+        // A declaration may leave some of them out.
+        false => layers.map(|layer| {
+            let [y] = ops.linear(if layer.rotation.is_some() { &rotated } else { x }, [layer]);
+            y
+        }),
+    };
+    ops.release(rotated);
+    out
+}
+
+/// The norm that some families have here.
+fn norm<O: Ops>(c: &ModelConfig, ops: &mut O, x: O::Buf, weight: Option<&O::Vector>) -> O::Buf {
     let Some(weight) = weight else { return x };
     let normed = ops.rms_norm(&x, weight, c.rms_norm_eps);
     ops.release(x);

@@ -8,9 +8,14 @@
 //! Rows of a buffer are the tokens of one batch, sequence after sequence; which sequence a row belongs to,
 //! its position and its cached past are the executor's business, told to it before the pass.
 
+use std::sync::Arc;
+
+use setun_kernels::Kernels;
+
 use crate::config::Activation;
 
-/// One linear layer: `y = x · Wᵀ + b`, with the RMS norm of its own input that some ternary models put inside it.
+/// One linear layer: `y = x · Wᵀ + b`, with the RMS norm and the rotation of its own input that some ternary models put
+/// inside it.
 #[derive(Debug, Clone)]
 pub struct Linear<M, V> {
     /// `[out_features, in_features]`.
@@ -19,6 +24,64 @@ pub struct Linear<M, V> {
     pub bias: Option<V>,
     /// Weight of an RMS norm over `[in_features]`, applied before the product (`use_rms_norm`).
     pub norm: Option<V>,
+    /// Rotation of the input, before the product, that the matrix is folded with.
+    pub rotation: Option<Rotate>,
+}
+
+impl<M, V> Linear<M, V> {
+    /// A plain product, without bias, norm or rotation.
+    pub fn plain(matrix: M) -> Self {
+        Self { matrix, bias: None, norm: None, rotation: None }
+    }
+}
+
+/// A rotation of rows: signs `s`, and blocks mixed by the orthonormal Walsh–Hadamard matrix `H` (see [`crate::config::Rotation`]).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rotate {
+    /// Elements of a block, a power of two that divides the row.
+    pub block: usize,
+    /// ±1 for every element of a row; `None`: +1.
+    pub signs: Option<Arc<[f32]>>,
+}
+
+/// Which way [`Ops::rotate`] turns. Each is the other's inverse, and its transpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// `H (s ⊙ x)`: into the basis of the folded weights.
+    Forward,
+    /// `s ⊙ H x`: out of it.
+    Back,
+}
+
+impl Direction {
+    /// The other way.
+    pub fn reversed(self) -> Self {
+        match self {
+            Self::Forward => Self::Back,
+            Self::Back => Self::Forward,
+        }
+    }
+}
+
+impl Rotate {
+    /// Rotates one row in place. Panics unless it is whole blocks and as long as the signs.
+    pub fn apply(&self, kernels: &Kernels, row: &mut [f32], direction: Direction) {
+        if direction == Direction::Forward {
+            self.sign(row);
+        }
+        kernels.hadamard(row, self.block);
+        if direction == Direction::Back {
+            self.sign(row);
+        }
+    }
+
+    fn sign(&self, row: &mut [f32]) {
+        let Some(signs) = &self.signs else { return };
+        assert_eq!(row.len(), signs.len(), "signs of another width");
+        for (x, sign) in row.iter_mut().zip(&signs[..]) {
+            *x *= sign;
+        }
+    }
 }
 
 /// Shape of one layer's attention.
@@ -50,16 +113,19 @@ pub trait Ops {
     /// Rows `ids` of the embedding `table`.
     fn embed(&mut self, table: &Self::Matrix, ids: &[u32]) -> Self::Buf;
 
-    /// `x / sqrt(mean(x²) + eps) * weight`, row by row.
+    /// `x / sqrt(mean(x²) + eps) * weight`, row by row; a row of several heads as wide as `weight` is normalised head by head.
     fn rms_norm(&mut self, x: &Self::Buf, weight: &Self::Vector, eps: f32) -> Self::Buf;
 
-    /// The products of one input with several matrices (q, k, v or gate, up): the input is quantised once. Inner norms are
-    /// the caller's business: [`Linear::norm`] is ignored here.
+    /// The products of one input with several matrices (q, k, v or gate, up): the input is quantised once. Inner norms and
+    /// rotations are the caller's business: [`Linear::norm`] and [`Linear::rotation`] are ignored here.
     fn linear<const N: usize>(
         &mut self,
         x: &Self::Buf,
         layers: [&Linear<Self::Matrix, Self::Vector>; N],
     ) -> [Self::Buf; N];
+
+    /// Rotates every row as [`Rotate`] says.
+    fn rotate(&mut self, x: &Self::Buf, by: &Rotate, direction: Direction) -> Self::Buf;
 
     /// Rotates every head of every row to its row's position (RoPE, half-split pairs).
     fn rope(&mut self, x: Self::Buf, heads: usize, head_dim: usize) -> Self::Buf;

@@ -9,7 +9,7 @@ use setun_kernels::dense::{DenseData, DenseMatrix};
 use setun_kernels::matrix::{Scales, TernaryMatrix};
 use setun_kernels::quant;
 
-use crate::config::{ModelConfig, Numerics, RopeScaling, Storage};
+use crate::config::{ActivationType, ModelConfig, Numerics, RopeScaling, Storage};
 use crate::error::ModelError;
 use crate::format::{Checkpoint, Llama2cKind, ScaleConvention, Tensor, hf_packed_to_ternary};
 use crate::model::{Model, Role, Source};
@@ -36,6 +36,11 @@ impl<'a> Weights<'a> {
         Self { file, config }
     }
 
+    /// The model's shape and numerics.
+    pub(crate) fn config(&self) -> &'a ModelConfig {
+        self.config
+    }
+
     /// The matrix called `name` (`model.layers.0.mlp.up_proj.weight`), `[rows, cols]`.
     ///
     /// # Errors
@@ -49,7 +54,15 @@ impl<'a> Weights<'a> {
             }
             _ => {
                 expect_shape(&tensor, &[rows, cols])?;
-                Weight::Dense(tensor.to_dense()?)
+                if !tensor.info.encoding.is_ternary() {
+                    Weight::Dense(tensor.to_dense()?)
+                } else if self.config.activations() == ActivationType::Float {
+                    Weight::Ternary(tensor.to_ternary()?)
+                } else {
+                    // A float layer by definition, whose values happen to be stored in few bits.
+                    let dense = DenseMatrix::new(rows, cols, DenseData::F32(tensor.to_f32()?));
+                    Weight::Dense(dense.map_err(|e| ModelError::tensor(name, e.to_string()))?)
+                }
             }
         };
         self.file.release(&tensor.info);
@@ -82,12 +95,15 @@ impl<'a> Weights<'a> {
 
     /// Whether [`Weights::matrix`] gives `name` as ternary; decided without reading its data.
     pub(crate) fn is_ternary(&self, name: &str, role: Role) -> bool {
-        let (Role::Ternary, Numerics::Ternary(ternary)) = (role, &self.config.numerics) else { return false };
         let stored = self.stored_name(name);
+        let by_type = self.file.info(&stored).is_some_and(|info| info.encoding.is_ternary());
+        let (Role::Ternary, Numerics::Ternary(ternary)) = (role, &self.config.numerics) else {
+            return by_type && self.config.activations() == ActivationType::Float;
+        };
         let scale = format!("{}.scale", stored.trim_end_matches(".weight"));
         ternary.storage != Storage::SelfDescribed
             || self.config.sub_norms
-            || self.file.info(&stored).is_some_and(|info| info.encoding.is_ternary())
+            || by_type
             || self.file.info(&scale).is_some()
     }
 
@@ -316,6 +332,8 @@ pub(crate) fn gguf_name(name: &str) -> String {
         ("self_attn.k_proj", "attn_k"),
         ("self_attn.v_proj", "attn_v"),
         ("self_attn.o_proj", "attn_output"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
         ("self_attn.attn_sub_norm", "attn_sub_norm"),
         ("post_attention_layernorm", "ffn_norm"),
         ("mlp.gate_proj", "ffn_gate"),
@@ -454,6 +472,7 @@ mod tests {
             ("lm_head.weight", "output.weight"),
             ("model.layers.11.self_attn.q_proj.bias", "blk.11.attn_q.bias"),
             ("model.layers.0.mlp.ffn_sub_norm.weight", "blk.0.ffn_sub_norm.weight"),
+            ("model.layers.2.self_attn.k_norm.weight", "blk.2.attn_k_norm.weight"),
             ("model.layers.3.mlp.up_proj.rms_norm.weight", "blk.3.ffn_up.rms_norm.weight"),
         ] {
             assert_eq!(gguf_name(name), gguf);

@@ -40,8 +40,11 @@ fn bitllama2_tells_its_known_story() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/bitllama2");
     let (model, vocabulary) = (folder.join("bit_model_3M.bin"), folder.join("tok512.model"));
     for kernels in Kernels::available() {
-        let options =
-            EngineOptions { kernels: Some(kernels), threads: Some(2), activations: ActivationType::Int8 };
+        let options = EngineOptions {
+            kernels: Some(kernels),
+            threads: Some(2),
+            activations: Some(ActivationType::Int8),
+        };
         let engine = Engine::open(&model, &options).unwrap();
         let found = greedy(&engine, &[1], expected.len());
         assert_eq!(found, expected, "{}", kernels.name());

@@ -313,3 +313,25 @@ fn cache_values_round_to_nearest_even_and_overflow_to_infinity() {
     assert_eq!(f16::from_f32_const(65519.9), f16::MAX);
     assert_eq!(f16::from_f32_const(65520.0), f16::INFINITY);
 }
+
+#[test]
+fn hadamard_is_its_definition_and_its_own_inverse_with_the_same_bits_everywhere() {
+    for block in [1usize, 2, 8, 16, 32, 128, 1024] {
+        let x = noise(3 * block, 8, 2.0);
+        let mut first: Option<Vec<u32>> = None;
+        for k in Kernels::available() {
+            let mut y = x.clone();
+            k.hadamard(&mut y, block);
+            assert_eq!(first.get_or_insert_with(|| bits(&y)), &bits(&y), "{}, block {block}", k.name());
+            for (i, y) in y.iter().enumerate().step_by(1 + block / 16) {
+                let (start, row) = (i / block * block, i % block);
+                let sign = |j: usize| if (row & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
+                let sum: f64 = (0..block).map(|j| sign(j) * f64::from(x[start + j])).sum();
+                let exact = sum / (block as f64).sqrt();
+                assert!((f64::from(*y) - exact).abs() < 1e-5, "{}, block {block}: {y}, {exact}", k.name());
+            }
+            k.hadamard(&mut y, block);
+            assert!(y.iter().zip(&x).all(|(a, b)| (a - b).abs() < 1e-5), "{}, block {block}", k.name());
+        }
+    }
+}

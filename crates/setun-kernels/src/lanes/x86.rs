@@ -93,6 +93,15 @@ impl Lanes for Avx512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.as_ptr().cast()))) }
     }
     #[inline(always)]
+    fn load_trits(self, codes: u32) -> __m512 {
+        unsafe {
+            let shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let codes = _mm512_srlv_epi32(_mm512_set1_epi32(codes.cast_signed()), shifts);
+            // The permutation looks at the lowest two bits of an index only.
+            _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_setr_ps(-1.0, 0.0, 1.0, 2.0)), codes)
+        }
+    }
+    #[inline(always)]
     fn widen(self, x: f16) -> f32 {
         unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(x.to_bits())))) }
     }
@@ -220,6 +229,17 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn load_i8(self, p: &[i8; LANES]) -> [__m256; 2] {
         unsafe { [widen_i8(p.as_ptr()), widen_i8(p[8..].as_ptr())] }
+    }
+    #[inline(always)]
+    fn load_trits(self, codes: u32) -> [__m256; 2] {
+        unsafe {
+            let codes = _mm256_set1_epi32(codes.cast_signed());
+            // The permutation looks at the lowest two bits of an index only.
+            let values = _mm256_setr_ps(-1.0, 0.0, 1.0, 2.0, -1.0, 0.0, 1.0, 2.0);
+            let low = _mm256_srlv_epi32(codes, _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
+            let high = _mm256_srlv_epi32(codes, _mm256_setr_epi32(16, 18, 20, 22, 24, 26, 28, 30));
+            [_mm256_permutevar_ps(values, low), _mm256_permutevar_ps(values, high)]
+        }
     }
     #[inline(always)]
     fn widen(self, x: f16) -> f32 {

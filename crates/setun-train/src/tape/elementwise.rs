@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use setun::config::Activation;
+use setun::ops::{Direction, Rotate};
 
 use super::{Tape, Var};
 use crate::engine::{CHUNK, Engine, Floats, rows_per_chunk, vectorised};
@@ -38,6 +39,29 @@ impl Tape<'_> {
                 } else {
                     on.engine.kernels.rope(x, heads, head_dim, cos, sin);
                 }
+            }
+        });
+    }
+
+    /// A rotation in a fixed direction: orthogonal, so its derivative is the one in the other.
+    pub(super) fn turn(&mut self, x: &Var, by: &Rotate, direction: Direction) -> Var {
+        let mut value = self.on.engine.copy(&x.value);
+        self.turn_rows(&mut value, x.width, by, direction);
+        let y = self.var(value, x.width);
+        let (from, to, width, by) = (x.id, y.id, x.width, by.clone());
+        self.record(move |tape| {
+            let Some(mut grad) = tape.take_owned(to) else { return };
+            tape.turn_rows(&mut grad, width, &by, direction.reversed());
+            tape.give(from, grad);
+        });
+        y
+    }
+
+    fn turn_rows(&self, x: &mut [f32], width: usize, by: &Rotate, direction: Direction) {
+        let on = self.on;
+        on.engine.pool.run_chunks_mut(x, rows_per_chunk(width) * width, |_, x| {
+            for row in x.chunks_exact_mut(width) {
+                by.apply(on.engine.kernels, row, direction);
             }
         });
     }

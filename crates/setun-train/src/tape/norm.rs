@@ -7,10 +7,11 @@ use crate::engine::{Floats, add_assign, fold, rows_per_chunk, sum2, vectorised};
 use crate::params::ParamId;
 
 impl Tape<'_> {
-    /// `y = x · r · w` with `r = 1 / sqrt(mean(x²) + eps)`, by the kernel that inference uses.
+    /// `y = x · r · w` with `r = 1 / sqrt(mean(x²) + eps)`, by the kernel that inference uses; over each part of a row that is as
+    /// long as `w` (heads).
     pub(super) fn norm_rows(&mut self, x: &Var, weight: ParamId, eps: f32) -> Var {
         let on = self.on;
-        let width = x.width;
+        let width = on.params[weight].values.len();
         let mut y = on.engine.scratch(x.value.len());
         let rows = rows_per_chunk(width);
         on.engine.pool.run_chunks_mut(&mut y, rows * width, |i, y| {
@@ -20,7 +21,7 @@ impl Tape<'_> {
                 on.engine.kernels.rms_norm(x, Some(weight), eps, y);
             }
         });
-        let y = self.var(y, width);
+        let y = self.var(y, x.width);
         let (saved, from, to) = (x.value.clone(), x.id, y.id);
         self.record(move |tape| {
             let Some(grad) = tape.take_owned(to) else { return };

@@ -4,7 +4,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use setun::config::{Activation, ModelConfig, Rope, RopeTable, Shape};
+use setun::config::{Activation, Family, ModelConfig, Rope, RopeTable, Shape};
 use setun::model::Role;
 use setun_train::config::TrainConfig;
 use setun_train::engine::Engine;
@@ -95,6 +95,14 @@ pub fn tiny(ternary: bool) -> ModelConfig {
         activation: Activation::Relu2,
     };
     ModelConfig::fresh(&shape, ternary).unwrap()
+}
+
+/// The same size in Qwen3's shape: norms on heads, whose width does not follow from the others.
+pub fn tiny_qwen3() -> ModelConfig {
+    let mut config = tiny(false);
+    (config.family, config.qk_norm, config.sub_norms) = (Family::Qwen3, true, false);
+    (config.activation, config.head_dim, config.rope) = (Activation::Silu, 12, Rope::new(10_000.0, 12));
+    config
 }
 
 /// `|found - expected| <= tolerance · max|expected|`, element by element.

@@ -4,7 +4,9 @@
 //! reader takes the whole checkpoint. Keys: ../../docs/format.md.
 
 use super::rope::{Rope, RopeScaling, yarn_attention};
-use super::{Activation, Family, ModelConfig, Numerics, Storage, Ternary, value_error};
+use super::{
+    Activation, ActivationType, Family, ModelConfig, Numerics, Rotation, Storage, Ternary, known, value_error,
+};
 use crate::error::ModelError;
 use crate::format::gguf::{Array, Metadata, Value, required};
 use crate::format::{Checkpoint, Encoding};
@@ -14,6 +16,7 @@ const ARCHITECTURES: &[(&str, Family)] = &[
     ("llama", Family::Llama),
     ("llama", Family::Mistral),
     ("qwen2", Family::Qwen2),
+    ("qwen3", Family::Qwen3),
     ("bitnet-b1.58", Family::BitNet),
     ("bitnet-25", Family::BitNet),
     ("bitnet", Family::BitNetSilu),
@@ -27,8 +30,8 @@ impl ModelConfig {
     pub fn from_gguf(file: &Checkpoint, meta: &Metadata) -> Result<Self, ModelError> {
         let arch = required("general.architecture", meta.str("general.architecture")?)?;
         let &(_, family) = ARCHITECTURES.iter().find(|(name, _)| *name == arch).ok_or_else(|| {
-            let expected = "one of `llama`, `qwen2`, `bitnet`, `bitnet-25` and `bitnet-b1.58`, the ones this version runs";
-            value_error("general.architecture", arch, expected)
+            let expected = "one of `llama`, `qwen2`, `qwen3`, `bitnet`, `bitnet-25` and `bitnet-b1.58`, the ones this version runs";
+            value_error("general.architecture", arch, expected.to_owned() + &known::in_gguf(arch))
         })?;
         let keys = Keys { meta, arch };
         let family = match (family, keys.size("attention.sliding_window")?) {
@@ -36,6 +39,11 @@ impl ModelConfig {
             _ => family,
         };
         let num_layers = keys.need_size("block_count")?;
+        if file.info("blk.0.attn_q_norm_in.weight").is_some() {
+            let expected = "absent, since norms inside linear layers are not read from GGUF under this name";
+            return Err(value_error("blk.0.attn_q_norm_in.weight", "there", expected));
+        }
+        let rotation = Rotation::from_gguf(file, meta, family, num_layers)?;
         let need_uniform = |key: &str| required(&keys.name(key), keys.per_layer(key, num_layers)?);
         let (hidden_size, heads) =
             (keys.need_size("embedding_length")?, need_uniform("attention.head_count")?);
@@ -90,13 +98,12 @@ impl ModelConfig {
                 true => Some(keys.float("attention.inner_norm_rms_epsilon")?.unwrap_or(1e-6)),
                 false => None,
             },
+            qk_norm: family == Family::Qwen3,
             qkv_bias: has("blk.0.attn_q.bias"),
             output_bias: has("blk.0.attn_output.bias"),
             mlp_bias: has("blk.0.ffn_up.bias"),
-            numerics: match is_ternary(file, family) {
-                true => Numerics::Ternary(Ternary { storage: Storage::SelfDescribed, exceptions: None }),
-                false => Numerics::Float,
-            },
+            numerics: numerics(file, family, rotation.is_some()),
+            rotation,
             bos: tokenizer_id("bos_token_id")?,
             eos,
         };
@@ -113,6 +120,7 @@ impl ModelConfig {
             (Family::BitNet | Family::BitNetSilu, Activation::Relu2) => "bitnet-b1.58",
             (Family::BitNet | Family::BitNetSilu, Activation::Silu) => "bitnet",
             (Family::Qwen2, _) => "qwen2",
+            (Family::Qwen3, _) => "qwen3",
             (Family::Llama | Family::Mistral, _) => "llama",
         };
         if !self.sub_norms && self.activation != Activation::Silu {
@@ -121,6 +129,9 @@ impl ModelConfig {
                 format!("{:?}", self.activation),
                 format!("what GGUF `{arch}` fixes"),
             ));
+        }
+        if self.qk_norm != (self.family == Family::Qwen3) {
+            return Err(value_error("q_norm", self.qk_norm, format!("what GGUF `{arch}` fixes")));
         }
         let window = self.windows[0];
         if self.windows.iter().any(|w| *w != window) {
@@ -182,6 +193,7 @@ impl ModelConfig {
                 return Err(value_error("rope_scaling.rope_type", "dynamic", "a type GGUF has a name for"));
             }
         }
+        out.extend(self.rotation.iter().flat_map(Rotation::to_gguf));
         Ok(out)
     }
 
@@ -286,10 +298,31 @@ fn refuse_unknown_numerics(keys: &Keys, head_dim: usize) -> Result<(), ModelErro
     Ok(())
 }
 
+/// Types with a scale for 64 or 128 weights, which models are packed in whose weights alone were made ternary or binary
+/// (Bonsai, CAT-Q). Names of one layout among several go on after these.
+const WEIGHT_ONLY: [&str; 4] = ["Q1_0", "Q2_0", "PQ2_0", "PTQ1_0"];
+/// Types of programs that round activations to int8 whatever the model (bitnet.cpp, ik_llama.cpp).
+const BITNET: [&str; 3] = ["I2_S", "IQ1_BN", "IQ2_BN"];
+
 /// Ternary by its tensors; a BitNet architecture is ternary even where a file stores float copies of the weights.
-fn is_ternary(file: &Checkpoint, family: Family) -> bool {
-    matches!(family, Family::BitNet | Family::BitNetSilu)
-        || file.tensors().any(|t| t.name.starts_with("blk.") && t.encoding.is_ternary())
+///
+/// No key says what ternary layers are multiplied with, so it follows from who makes such files: BitNet architectures and
+/// types are W1.58A8, the other grouped types and rotated weights W1.58A16. TQ1_0 and TQ2_0 hold either, and follow the family:
+/// Qwen3's ternary models are weight-only, Llama's are BitNets.
+fn numerics(file: &Checkpoint, family: Family, rotated: bool) -> Numerics {
+    let bitnet = matches!(family, Family::BitNet | Family::BitNetSilu);
+    let in_blocks = file.tensors().filter(|t| t.name.starts_with("blk.") && t.encoding.is_ternary());
+    let types: Vec<&Encoding> = in_blocks.map(|t| &t.encoding).collect();
+    if types.is_empty() && !bitnet {
+        return Numerics::Float;
+    }
+    let any_of = |names: &[&str]| types.iter().any(|t| names.iter().any(|name| t.name().starts_with(name)));
+    let weights_alone = rotated || any_of(&WEIGHT_ONLY) || family == Family::Qwen3 && !any_of(&BITNET);
+    let activations = match weights_alone && !bitnet {
+        true => ActivationType::Float,
+        false => ActivationType::Int8,
+    };
+    Numerics::Ternary(Ternary { activations, storage: Storage::SelfDescribed, exceptions: None })
 }
 
 fn rope(keys: &Keys, file: &Checkpoint, head_dim: usize, max_positions: usize) -> Result<Rope, ModelError> {

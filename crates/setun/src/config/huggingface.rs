@@ -4,7 +4,10 @@ use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value, json};
 
 use super::rope::{Rope, RopeScaling, yarn_attention};
-use super::{Activation, Exceptions, Family, ModelConfig, Numerics, Storage, Ternary, value_error};
+use super::{
+    Activation, ActivationType, Exceptions, Family, ModelConfig, Numerics, Storage, Ternary, known,
+    value_error,
+};
 use crate::error::ModelError;
 
 /// The fields that matter, each optional so that a missing one can be named.
@@ -87,6 +90,8 @@ struct Defaults {
     activation: Activation,
     /// `None`: as many as query heads.
     kv_heads: Option<usize>,
+    /// `None`: hidden size over query heads.
+    head_dim: Option<usize>,
     sliding_window: Option<usize>,
 }
 
@@ -97,6 +102,7 @@ impl Family {
             max_positions: 2048,
             activation: Activation::Silu,
             kv_heads: None,
+            head_dim: None,
             sliding_window: None,
         };
         match self {
@@ -107,6 +113,13 @@ impl Family {
             Family::Qwen2 => {
                 Defaults { max_positions: 32_768, kv_heads: Some(32), sliding_window: Some(4096), ..llama }
             }
+            Family::Qwen3 => Defaults {
+                max_positions: 32_768,
+                kv_heads: Some(32),
+                head_dim: Some(128),
+                sliding_window: Some(4096),
+                ..llama
+            },
             Family::BitNet => {
                 Defaults { rope_theta: 500_000.0, activation: Activation::Relu2, kv_heads: Some(5), ..llama }
             }
@@ -163,7 +176,9 @@ impl ModelConfig {
         };
         let (hidden_size, heads) =
             (need(raw.hidden_size, "hidden_size")?, need(raw.num_attention_heads, "num_attention_heads")?);
-        let head_dim = match raw.head_dim {
+        // Absent is the class default, but an explicit null is what follows from other sizes.
+        let default = |key: &str, value: Option<usize>| value.filter(|_| json.get(key).is_none());
+        let head_dim = match raw.head_dim.or(default("head_dim", defaults.head_dim)) {
             Some(given) => given,
             None if heads > 0 && hidden_size % heads == 0 => hidden_size / heads,
             None => {
@@ -174,8 +189,7 @@ impl ModelConfig {
         };
         let num_layers = need(raw.num_hidden_layers, "num_hidden_layers")?;
         let max_positions = raw.max_position_embeddings.unwrap_or(defaults.max_positions);
-        // Absent is the class default, but an explicit null is "as many as query heads".
-        let kv_default = if json.get("num_key_value_heads").is_some() { None } else { defaults.kv_heads };
+        let kv_default = default("num_key_value_heads", defaults.kv_heads);
         let bias = raw.attention_bias.unwrap_or(false);
         let config = Self {
             family,
@@ -199,10 +213,13 @@ impl ModelConfig {
                 .as_ref()
                 .filter(|q| q.use_rms_norm == Some(true))
                 .map(|q| q.rms_norm_eps.unwrap_or(1e-6) as f32),
+            qk_norm: family == Family::Qwen3,
             qkv_bias: bias || family == Family::Qwen2,
             output_bias: bias && family != Family::Qwen2,
             mlp_bias: raw.mlp_bias.unwrap_or(false),
             numerics: numerics(&raw, family)?,
+            // No safetensors checkpoint that is read declares one; see `ModelConfig::of`.
+            rotation: None,
             bos: ids(&raw.bos_token_id, "bos_token_id")?.first().copied(),
             eos: ids(&raw.eos_token_id, "eos_token_id")?,
         };
@@ -215,6 +232,7 @@ impl ModelConfig {
             Family::Llama => ("llama", "LlamaForCausalLM"),
             Family::Mistral => ("mistral", "MistralForCausalLM"),
             Family::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
+            Family::Qwen3 => ("qwen3", "Qwen3ForCausalLM"),
             Family::BitNet => ("bitnet", "BitNetForCausalLM"),
             Family::BitNetSilu => ("bitnet", "BitnetForCausalLM"),
         };
@@ -248,7 +266,10 @@ impl ModelConfig {
             map.insert("rope_scaling".into(), scaling);
         }
         self.windows_json(map);
-        if let Numerics::Ternary(ternary) = &self.numerics {
+        // Weight-only models have no such section: there is none that readers would not take for W1.58A8.
+        if let Numerics::Ternary(ternary) = &self.numerics
+            && ternary.activations == ActivationType::Int8
+        {
             let (class, mode) = match ternary.storage {
                 Storage::Masters => ("autobitlinear", "online"),
                 Storage::Divide => ("bitlinear", "offline"),
@@ -276,7 +297,7 @@ impl ModelConfig {
             return;
         };
         map.insert("sliding_window".into(), json!(window));
-        if self.family == Family::Qwen2 {
+        if matches!(self.family, Family::Qwen2 | Family::Qwen3) {
             map.insert("use_sliding_window".into(), json!(true));
         }
         // Qwen2's class would leave its lower layers without one.
@@ -312,11 +333,13 @@ fn family(raw: &RawConfig) -> Result<Family, ModelError> {
         (Some("LlamaForCausalLM"), _) | (None, Some("llama")) => Family::Llama,
         (Some("MistralForCausalLM"), _) | (None, Some("mistral")) => Family::Mistral,
         (Some("Qwen2ForCausalLM"), _) | (None, Some("qwen2")) => Family::Qwen2,
+        (Some("Qwen3ForCausalLM"), _) | (None, Some("qwen3")) => Family::Qwen3,
         (None, None) => return Err(ModelError::ConfigMissing { field: "architectures".into() }),
         (class, model_type) => {
             let found = class.or(model_type).unwrap_or_default();
-            let expected = "one of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, BitNetForCausalLM and \
-                            BitnetForCausalLM, the families this version runs";
+            let expected = "one of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, \
+                            BitNetForCausalLM and BitnetForCausalLM, the families this version runs";
+            let expected = expected.to_owned() + &known::in_config(class, model_type);
             return Err(value_error("architectures", found, expected));
         }
     })
@@ -327,13 +350,14 @@ fn numerics(raw: &RawConfig, family: Family) -> Result<Numerics, ModelError> {
         return match (family, raw.weight_bits, raw.input_bits) {
             // 1bitLLM: float masters, quantised on the fly; nothing but these two keys says so.
             (Family::BitNetSilu, Some(1.0), Some(8.0)) => {
-                Ok(Numerics::Ternary(Ternary { storage: Storage::Masters, exceptions: None }))
+                Ok(Numerics::Ternary(Ternary::bitnet(Storage::Masters, None)))
             }
             (Family::BitNetSilu, bits, input) => {
                 let found = format!("weight_bits {bits:?}, input_bits {input:?}");
                 Err(value_error("weight_bits / input_bits", found, "1 and 8, as the 1bitLLM models have"))
             }
             (Family::BitNet, ..) => Err(ModelError::ConfigMissing { field: "quantization_config".into() }),
+            // Float copies of ternary weights (`-unpacked`, "fake-quant") come without a word about it: their values are exact.
             _ => Ok(Numerics::Float),
         };
     };
@@ -359,7 +383,7 @@ fn numerics(raw: &RawConfig, family: Family) -> Result<Numerics, ModelError> {
         }
     };
     let exceptions = q.modules_to_not_convert.clone().map(Exceptions::new).transpose()?;
-    Ok(Numerics::Ternary(Ternary { storage, exceptions }))
+    Ok(Numerics::Ternary(Ternary::bitnet(storage, exceptions)))
 }
 
 fn windows(
@@ -382,7 +406,7 @@ fn windows(
     }
     Ok(match family {
         Family::Mistral => vec![given; layers],
-        Family::Qwen2 if raw.use_sliding_window == Some(true) => {
+        Family::Qwen2 | Family::Qwen3 if raw.use_sliding_window == Some(true) => {
             let from = raw.max_window_layers.unwrap_or(28);
             (0..layers).map(|n| given.filter(|_| n >= from)).collect()
         }
@@ -519,12 +543,33 @@ mod tests {
 
     #[test]
     fn windows_survive_the_way_through_json_in_every_family() {
-        for class in ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"] {
+        for class in ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"] {
             for windows in [vec![None; 4], vec![Some(7); 4], vec![None, Some(7), None, Some(7)]] {
                 let config = ModelConfig { windows, ..read(class, json!({})).unwrap() };
                 assert_eq!(ModelConfig::from_json(&config.to_json()).unwrap(), config);
             }
         }
+    }
+
+    #[test]
+    fn qwen3_has_heads_of_their_own_width_and_norms_on_them() {
+        let given = read("Qwen3ForCausalLM", json!({"head_dim": 64, "attention_bias": true})).unwrap();
+        assert_eq!(
+            (given.head_dim, given.qk_norm, given.qkv_bias, given.output_bias),
+            (64, true, true, true)
+        );
+        // The class's own width, unless null says that it follows from the others.
+        assert_eq!(read("Qwen3ForCausalLM", json!({})).unwrap().head_dim, 128);
+        assert_eq!(read("Qwen3ForCausalLM", json!({"head_dim": null})).unwrap().head_dim, 4);
+        assert!(!read("Qwen2ForCausalLM", json!({})).unwrap().qk_norm);
+        let window = json!({"use_sliding_window": false, "sliding_window": 16, "max_window_layers": 0});
+        assert_eq!(read("Qwen3ForCausalLM", window).unwrap().windows, vec![None; 4]);
+        let new = json!({"architectures": null, "model_type": "qwen3", "rope_theta": "absent",
+            "rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}});
+        let rope = read("x", new).unwrap().rope;
+        assert_eq!(rope.theta, 1e6);
+        let RopeScaling::Yarn { attention_factor, original, .. } = rope.scaling else { panic!("{rope:?}") };
+        assert!((attention_factor - 1.138_629).abs() < 1e-6 && original == 32, "{attention_factor}");
     }
 
     #[test]

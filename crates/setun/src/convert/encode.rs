@@ -98,14 +98,16 @@ impl<'a> Encoder<'a> {
             }
             return Ok(bytes);
         }
-        let Scales::Tensor(scale) = *matrix.scales() else {
+        // Float copies of weight-only models are plain floats to their readers, which look for no scale.
+        let one = matches!(matrix.scales(), Scales::Tensor(_));
+        if !one && !self.job.is_weight_only() {
             return Err(ModelError::CannotEncode {
                 name: planned.name.clone(),
                 encoding: "floats",
                 why: "it has more than one scale, which readers of float copies do not expect: use tq2_0"
                     .into(),
             });
-        };
+        }
         let mut values = vec![0.0; matrix.rows() * matrix.cols()];
         for (row, out) in values.chunks_mut(matrix.cols().max(1)).enumerate() {
             matrix.dequantize_row(row, out);
@@ -118,8 +120,8 @@ impl<'a> Encoder<'a> {
                 name: planned.name.clone(),
                 encoding: "floats",
                 why: format!(
-                    "its scale {scale} is not a number that {to} has, so weights would be off by {}: use f32 or i2_s, or \
-                     allow it (--lossy)",
+                    "its scale is not a number that {to} has, so weights would be off by {}: use f32 or i2_s, or allow \
+                     it (--lossy)",
                     after.unwrap_or_default()
                 ),
             });

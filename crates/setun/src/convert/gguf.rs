@@ -43,7 +43,7 @@ fn check(job: &Job) -> Result<(), ModelError> {
         Err(ModelError::CannotEncode { name: planned.name.clone(), encoding, why: why.into() })
     };
     for planned in job.planned {
-        if planned.ternary && !planned.is_block_linear() {
+        if planned.ternary && !planned.is_block_linear() && !job.is_weight_only() {
             return refuse(
                 planned,
                 "it is ternary, but readers of GGUF take the output head for floating point",
@@ -77,7 +77,15 @@ fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
         let encoding = match (planned.role, planned.ternary) {
             // Readers expect vectors in full precision.
             (None, _) => Encoding::F32,
-            (Some(_), true) => job.options.linear_type.clone().unwrap_or(Encoding::I2S),
+            (Some(_), true) => {
+                let asked = match planned.is_block_linear() {
+                    true => job.options.linear_type.clone(),
+                    false => job.options.embedding_type.clone(),
+                };
+                // I2_S says that activations are rounded, which weight-only models do not do.
+                let own = if job.is_weight_only() { planned.stored.clone() } else { Encoding::I2S };
+                asked.unwrap_or(own)
+            }
             (Some(_), false) => job.float_type(planned),
         };
         let cols = planned.shape.last().copied().unwrap_or(0);
@@ -92,7 +100,7 @@ fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
         items.push(Item { spec, part: Part::Tensor(index), interleave });
     }
     let copies = |i: &Item| matches!(i.part, Part::Tensor(n) if job.planned[n].ternary && !i.spec.encoding.is_ternary());
-    if !job.config.sub_norms && items.iter().any(copies) {
+    if !job.config.sub_norms && !job.is_weight_only() && items.iter().any(copies) {
         let note = "ternary layers are written as floats that readers of `llama` no longer take for ternary: their \
                     activations are not quantised any more";
         notes.push(note.into());

@@ -118,6 +118,21 @@ fn config(job: &Job, scales: ScaleConvention) -> Result<ModelConfig, ModelError>
             expected: "absent, since a config.json has a rope_type but no such list: convert from the original folder".into(),
         });
     }
+    if config.rotation.is_some() {
+        return Err(ModelError::ConfigValue {
+            field: "prism.hadamard".into(),
+            found: "a rotation of weights".into(),
+            expected: "absent, since no loader of such folders would apply it: convert to GGUF".into(),
+        });
+    }
+    if job.is_weight_only() {
+        return Err(ModelError::ConfigValue {
+            field: "quantization_config".into(),
+            found: "ternary weights with float activations".into(),
+            expected: "W1.58A8, since loaders of packed layers round activations to int8: convert to GGUF"
+                .into(),
+        });
+    }
     if let Numerics::Ternary(ternary) = &mut config.numerics {
         // Layers that a GGUF file keeps in float have to be listed here, and a list replaces the default.
         let float = |p: &&Planned| p.is_block_linear() && !p.ternary;
