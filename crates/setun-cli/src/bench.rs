@@ -71,6 +71,8 @@ pub struct BenchArgs {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    open: model::OpenArgs,
 }
 
 /// Bounded, because the cache for so many positions is taken before the first of them is measured.
@@ -188,7 +190,7 @@ fn load(args: &BenchArgs, options: &EngineOptions) -> Result<Engine> {
     if let Some(shape) = args.shape {
         return random::engine(shape, options, args.seed);
     }
-    let file = model::open(args.model.as_deref())?;
+    let file = args.open.open(args.model.as_deref())?;
     Ok(Engine::load(&file, ModelConfig::of(&file)?, options)?)
 }
 

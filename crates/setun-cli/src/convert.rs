@@ -28,11 +28,12 @@ pub struct ConvertArgs {
     /// Format to write
     #[arg(long, value_name = "FORMAT")]
     to: Format,
-    /// Type of the linear layers: i2_s, tq1_0, tq2_0 (ternary layers only), f32, f16, bf16 or q8_0 [default: i2_s for
-    /// ternary layers in GGUF, their own type for float layers]
+    /// Type of the linear layers: i2_s, tq1_0, tq2_0, q2_0, pq2_0, ptq1_0 (ternary layers only; the last three keep a scale
+    /// per 64 or 128 weights), f32, f16, bf16, q8_0, q6_k or q4_0 [default: i2_s for ternary layers in GGUF, their own type
+    /// for float layers and in weight-only models]
     #[arg(long = "type", value_name = "TYPE", value_parser = any_type)]
     linear_type: Option<Encoding>,
-    /// Type of the embedding and the output head: f32, f16, bf16 or q8_0 [default: their own]
+    /// Type of the embedding and the output head: f32, f16, bf16, q8_0, q6_k or q4_0 [default: their own]
     #[arg(long, value_name = "TYPE", value_parser = float_type)]
     embedding_type: Option<Encoding>,
     /// What the scales beside packed layers mean in a Hugging Face folder: the factor of the layer's output (as BitNet
@@ -57,6 +58,8 @@ pub struct ConvertArgs {
     /// Print what was done as JSON on stdout
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    open: model::OpenArgs,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -80,7 +83,7 @@ pub fn convert(args: ConvertArgs) -> Result<()> {
         )
         .into());
     }
-    let file = model::open(Some(&args.input))?;
+    let file = args.open.open(Some(&args.input))?;
     let tokenizer = args.tokenizer.as_deref().map(model::tokenizer_at).transpose()?;
     let options = ConvertOptions {
         target: match args.to {
@@ -154,7 +157,12 @@ fn any_type(text: &str) -> Result<Encoding, String> {
         "i2_s" => Encoding::I2S,
         "tq1_0" => Encoding::TQ1_0,
         "tq2_0" => Encoding::TQ2_0,
-        other => float_type(other).map_err(|_| "i2_s, tq1_0, tq2_0, f32, f16, bf16 or q8_0 is expected")?,
+        "q2_0" => Encoding::Q2_0G64,
+        "pq2_0" => Encoding::PQ2_0,
+        "ptq1_0" => Encoding::PTQ1_0,
+        other => float_type(other).map_err(
+            |_| "i2_s, tq1_0, tq2_0, q2_0, pq2_0, ptq1_0, f32, f16, bf16, q8_0, q6_k or q4_0 is expected",
+        )?,
     })
 }
 
@@ -164,7 +172,9 @@ fn float_type(text: &str) -> Result<Encoding, String> {
         "f16" => Encoding::F16,
         "bf16" => Encoding::BF16,
         "q8_0" => Encoding::Q8_0,
-        _ => return Err("f32, f16, bf16 or q8_0 is expected".into()),
+        "q6_k" => Encoding::Q6K,
+        "q4_0" => Encoding::Q4_0,
+        _ => return Err("f32, f16, bf16, q8_0, q6_k or q4_0 is expected".into()),
     })
 }
 
@@ -176,6 +186,6 @@ mod tests {
     fn types_are_named_in_any_case_and_ternary_ones_only_for_linears() {
         assert_eq!(any_type("I2_S"), Ok(Encoding::I2S));
         assert_eq!(any_type("q8_0"), float_type("Q8_0"));
-        assert!(float_type("tq2_0").is_err() && any_type("q4_0").unwrap_err().contains("tq1_0"));
+        assert!(float_type("tq2_0").is_err() && any_type("q3_0").unwrap_err().contains("tq1_0"));
     }
 }

@@ -59,7 +59,7 @@ pub fn eval(args: EvalArgs) -> Result<()> {
 fn ppl(args: &PplArgs) -> Result<()> {
     let text = std::fs::read_to_string(&args.file)
         .with_context(|| format!("cannot read {} as UTF-8 text", args.file.display()))?;
-    let file = model::open(args.model.as_deref())?;
+    let file = args.load.open.open(args.model.as_deref())?;
     let tokenizer = args.load.tokenizer(&file)?;
     let engine = args.load.engine(&file)?;
     let context = args.window.or(args.load.context).unwrap_or(engine.config().max_positions);

@@ -39,13 +39,15 @@ pub struct InfoArgs {
     /// Print the works that the model in the program was trained on, with authors and licences
     #[arg(long, conflicts_with_all = ["model", "json", "tensors", "tokenizer"])]
     attribution: bool,
+    #[command(flatten)]
+    open: model::OpenArgs,
 }
 
 pub fn info(args: InfoArgs) -> Result<()> {
     if args.attribution {
         return Ok(output::print(default_model::ATTRIBUTION)?);
     }
-    let file = model::open(args.model.as_deref())?;
+    let file = args.open.open(args.model.as_deref())?;
     let mut odd = Vec::new();
     let config = ModelConfig::of(&file).map_err(|error| odd.push(format!("cannot be run: {error}"))).ok();
     let found = config.as_ref().and_then(|config| {
@@ -201,6 +203,7 @@ impl Facts<'_> {
                 "eos": t.eos_ids(),
                 "chat_template": t.chat_template(),
             })),
+            "evidence": self.file.evidence(),
             "sampling": self.sampling,
             "odd": self.odd,
         })
@@ -269,6 +272,9 @@ impl Facts<'_> {
                     format!("template of {} characters", s.chars().count())
                 }),
             )?;
+        }
+        for what in self.file.evidence() {
+            line("evidence", what.clone())?;
         }
         if self.sampling != Recommended::default() {
             line("sampling", format!("recommended: {}", self.sampling))?;

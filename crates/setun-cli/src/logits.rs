@@ -53,7 +53,7 @@ struct Output {
 
 pub fn logits(args: LogitsArgs) -> Result<()> {
     let sequences = read_ids(&args.tokens)?;
-    let file = model::open(args.model.as_deref())?;
+    let file = args.load.open.open(args.model.as_deref())?;
     let engine = args.load.engine(&file)?;
     let longest = sequences.iter().map(Vec::len).max().unwrap_or(0);
     // Comparisons beyond the trained context are legitimate, so only --context limits the length.

@@ -3,15 +3,73 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 use setun::config::ModelConfig;
 use setun::cpu::ActivationType;
 use setun::engine::{Engine, EngineOptions};
-use setun::format::Checkpoint;
+use setun::format::{Checkpoint, I2sLayout, OpenOptions, Type42};
 use setun::kv_cache::KvType;
 use setun::tokenizer::Tokenizer;
 use setun_kernels::Kernels;
 
 use crate::default_model;
+
+/// What a GGUF file leaves open: the user's word, where the file's own evidence does not decide.
+#[derive(clap::Args, Debug, Clone, Copy)]
+pub struct OpenArgs {
+    /// What GGUF tensors of type 42 are, where their sizes do not tell: Q2_0 in groups of 64 or of 128 weights
+    #[arg(long, value_name = "LAYOUT", help_heading = "Loading")]
+    pub type42: Option<Groups>,
+    /// Layout of I2_S tensors: x86, neon64 (ARM builds of bitnet.cpp since November 2025) or rows4 [default: x86]
+    #[arg(long, value_name = "LAYOUT", help_heading = "Loading")]
+    pub i2s: Option<Layout>,
+}
+
+/// Values of `--type42`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Groups {
+    Group64,
+    Group128,
+}
+
+/// Values of `--i2s`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Layout {
+    X86,
+    Neon64,
+    Rows4,
+}
+
+impl OpenArgs {
+    fn options(self) -> OpenOptions {
+        OpenOptions {
+            type42: match self.type42 {
+                None => Type42::Detect,
+                Some(Groups::Group64) => Type42::Group64,
+                Some(Groups::Group128) => Type42::Group128,
+            },
+            i2s: match self.i2s {
+                None | Some(Layout::X86) => I2sLayout::X86,
+                Some(Layout::Neon64) => I2sLayout::Neon64,
+                Some(Layout::Rows4) => I2sLayout::Rows4,
+            },
+        }
+    }
+
+    /// Opens the model that the user named, or the one in the program.
+    pub fn open(self, model: Option<&Path>) -> Result<Checkpoint> {
+        let Some(path) = model else {
+            return Ok(Checkpoint::from_bytes(default_model::NAME, default_model::BYTES)?);
+        };
+        if !path.exists() && looks_like_hub_name(path) {
+            bail!(
+                "there is no file or folder `{}`, and models cannot be fetched from a hub yet: download it and name its folder",
+                path.display()
+            );
+        }
+        Ok(Checkpoint::open_with(path, self.options())?)
+    }
+}
 
 /// How a model is loaded and run.
 #[derive(clap::Args, Debug, Clone)]
@@ -19,6 +77,8 @@ pub struct LoadArgs {
     /// Tokenizer to use instead of the model's own: tokenizer.json, tokenizer.model, a GGUF file or a folder
     #[arg(long, value_name = "FILE", help_heading = "Loading")]
     pub tokenizer: Option<PathBuf>,
+    #[command(flatten)]
+    pub open: OpenArgs,
     #[command(flatten)]
     pub compute: ComputeArgs,
     /// Longest sequence in tokens; a longer one than the model was made for gives poor text [default: the model's own]
@@ -97,20 +157,6 @@ pub fn fast(config: &ModelConfig, options: EngineOptions) -> EngineOptions {
         );
     }
     EngineOptions { activations: Some(options.activations.unwrap_or(ActivationType::Int8)), ..options }
-}
-
-/// Opens the model that the user named, or the one in the program.
-pub fn open(model: Option<&Path>) -> Result<Checkpoint> {
-    let Some(path) = model else {
-        return Ok(Checkpoint::from_bytes(default_model::NAME, default_model::BYTES)?);
-    };
-    if !path.exists() && looks_like_hub_name(path) {
-        bail!(
-            "there is no file or folder `{}`, and models cannot be fetched from a hub yet: download it and name its folder",
-            path.display()
-        );
-    }
-    Ok(Checkpoint::open(path)?)
 }
 
 /// Opens a tokenizer in a file or folder of its own.

@@ -283,7 +283,12 @@ fn check_types(
             Encoding::I2S => "I2_S",
             Encoding::TQ1_0 => "TQ1_0",
             Encoding::TQ2_0 => "TQ2_0",
+            Encoding::Q2_0G64 => "Q2_0",
+            Encoding::PQ2_0 => "PQ2_0",
+            Encoding::PTQ1_0 => "PTQ1_0",
             Encoding::Q8_0 => "Q8_0",
+            Encoding::Q6K => "Q6_K",
+            Encoding::Q4_0 => "Q4_0",
             _ => "the type asked for",
         };
         Err(ModelError::CannotEncode { name: name.to_owned(), encoding, why })
@@ -291,7 +296,8 @@ fn check_types(
     let ternary = planned.iter().any(|p| p.ternary);
     let plain = [Encoding::F32, Encoding::F16, Encoding::BF16];
     if let Some(asked) = &options.embedding_type {
-        let gguf = options.target == Target::Gguf && *asked == Encoding::Q8_0;
+        let gguf = options.target == Target::Gguf
+            && matches!(asked, Encoding::Q8_0 | Encoding::Q6K | Encoding::Q4_0);
         if !plain.contains(asked) && !gguf {
             return refuse("model.embed_tokens.weight", asked, format!("{asked} is not offered for it here"));
         }

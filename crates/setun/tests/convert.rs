@@ -309,6 +309,27 @@ fn tensors_without_a_place_in_the_model_are_refused_by_name() {
 }
 
 #[test]
+fn grouped_types_hold_a_weight_only_model_exactly() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = golden("bonsai/qwen3-tied/model-tq1_0.gguf");
+    let logits = |path: &Path| {
+        let engine = Engine::open(path, &EngineOptions::default()).unwrap();
+        let ids: Vec<u32> = (0..20).map(|i| 3 + 7 * i).collect();
+        bits(engine.session(KvType::F32, None).feed_all(&ids, None).unwrap())
+    };
+    let expected = logits(&source);
+    for (n, to) in
+        [Encoding::Q2_0G64, Encoding::PQ2_0, Encoding::PTQ1_0, Encoding::TQ2_0].into_iter().enumerate()
+    {
+        let out = folder.path().join(format!("{n}.gguf"));
+        run(&source, &out, gguf(Some(to.clone()))).unwrap();
+        assert_eq!(logits(&out), expected, "{to}");
+    }
+    // Scales per group are more than a packed folder can hold.
+    assert!(run(&source, &folder.path().join("hf"), huggingface(None)).is_err());
+}
+
+#[test]
 fn recommended_sampling_goes_along_both_ways() {
     let (folder, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     for entry in std::fs::read_dir(model("bitnet-tied-packed-small")).unwrap().map(|e| e.unwrap().path()) {

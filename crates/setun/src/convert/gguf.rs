@@ -150,10 +150,16 @@ fn general(job: &Job, output: &Path, items: &[Item], metadata: &mut Metadata) {
     });
     let file_type = match linear.map(|i| &i.spec.encoding) {
         Some(Encoding::F16) => 1,
+        Some(Encoding::Q4_0) => 2,
         Some(Encoding::Q8_0) => 7,
+        Some(Encoding::Q6K) => 18,
         Some(Encoding::BF16) => 32,
         Some(Encoding::TQ1_0) => 36,
         Some(Encoding::TQ2_0) => 37,
+        Some(Encoding::Q1_0) => 40,
+        Some(Encoding::Q2_0G64 | Encoding::Q2_0G128) => 41,
+        Some(Encoding::PQ2_0) => 141,
+        Some(Encoding::PTQ1_0) => 143,
         Some(Encoding::I2S) => 40,
         _ => 0,
     };
