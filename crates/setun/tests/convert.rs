@@ -303,6 +303,21 @@ fn tensors_without_a_place_in_the_model_are_refused_by_name() {
         Engine::load(&file, config, &EngineOptions::default()).map(|_| ()).unwrap_err().to_string(),
         run(&cut, &folder.path().join("out"), huggingface(None)).unwrap_err(),
     ];
+    // So is a scale beside a layer that has none.
+    let scaled = folder.path().join("scaled.gguf");
+    let file = Checkpoint::open(model("llama-bf16-gguf").join("llama-bf16-q8_0.gguf")).unwrap();
+    let mut specs: Vec<TensorSpec> = file.tensors().map(spec).collect();
+    specs.push(TensorSpec { name: "blk.0.attn_q.scale".into(), shape: vec![1], encoding: Encoding::F32 });
+    let mut writer = GgufWriter::create(&scaled, file.gguf_metadata().unwrap(), specs).unwrap();
+    while let Some(name) = writer.pending().map(|spec| spec.name.clone()) {
+        match file.find(&name).unwrap() {
+            Some(tensor) => writer.tensor(&tensor.data).unwrap(),
+            None => writer.tensor(&3f32.to_le_bytes()).unwrap(),
+        }
+    }
+    writer.finish().unwrap();
+    let error = Engine::open(&scaled, &EngineOptions::default()).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("`blk.0.attn_q.scale`"), "{error}");
     for message in refused {
         assert!(message.contains("`blk.1.") && message.contains("1 layers"), "{message}");
     }
@@ -454,6 +469,12 @@ fn an_existing_output_is_replaced_only_on_request_and_only_by_its_like() {
     std::fs::write(hf.join("thesis.txt"), "years").unwrap();
     assert!(run(&source, &hf, force(huggingface(None))).unwrap_err().contains("thesis.txt"));
     assert_eq!(std::fs::read(hf.join("thesis.txt")).unwrap(), b"years");
+    let adapters = folder.path().join("photos");
+    std::fs::remove_file(adapters.join("cat.jpg")).unwrap();
+    std::fs::write(adapters.join("style.safetensors"), "mine").unwrap();
+    assert!(run(&source, &adapters, force(huggingface(None))).unwrap_err().contains("style.safetensors"));
+    std::fs::rename(adapters.join("style.safetensors"), adapters.join("model.safetensors")).unwrap();
+    assert!(run(&source, &adapters, force(huggingface(None))).unwrap_err().contains("model.safetensors"));
     assert_eq!(entries(folder.path()), ["hf", "out", "photos"]);
 }
 

@@ -85,8 +85,8 @@ impl<'a> Encoder<'a> {
         if to.is_ternary() {
             let bytes =
                 encode_ternary(&planned.name, matrix, to, self.scaling()).map_err(|error| match to {
-                    Encoding::I2S => advise(error, "tq1_0 and tq2_0 hold a scale per 256 weights of a row"),
-                    _ => advise(error, "i2_s keeps any single scale, and --lossy allows rounding"),
+                    Encoding::I2S => advise(error, "tq1_0 and tq2_0 hold a scale per 256 weights of a row, pq2_0 and ptq1_0 per 128, q2_0 per 64"),
+                    _ => advise(error, "i2_s keeps any single scale, q2_0, pq2_0 and ptq1_0 keep scales of smaller groups, and --lossy allows rounding"),
                 })?;
             if *to != Encoding::I2S && self.job.options.lossy {
                 let each: &[f32] = match matrix.scales() {

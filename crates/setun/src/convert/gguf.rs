@@ -80,7 +80,8 @@ fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
             (Some(_), true) => {
                 let asked = match planned.is_block_linear() {
                     true => job.options.linear_type.clone(),
-                    false => job.options.embedding_type.clone(),
+                    // Where embedding and head are ternary too, one type is meant for all.
+                    false => job.options.embedding_type.clone().or(job.options.linear_type.clone()),
                 };
                 // I2_S says that activations are rounded, which weight-only models do not do.
                 let own = if job.is_weight_only() { planned.stored.clone() } else { Encoding::I2S };
@@ -113,6 +114,11 @@ fn no_whole_blocks(planned: &Planned, cols: usize, encoding: &Encoding) -> Model
         Encoding::I2S => ("I2_S", "use f32 or f16 (BitNet architectures), or --to hf"),
         Encoding::TQ1_0 => ("TQ1_0", "use i2_s where rows are multiples of 128"),
         Encoding::TQ2_0 => ("TQ2_0", "use i2_s where rows are multiples of 128"),
+        Encoding::Q2_0G64 => ("Q2_0", "use f16"),
+        Encoding::PQ2_0 => ("PQ2_0", "use q2_0 where rows are multiples of 64"),
+        Encoding::PTQ1_0 => ("PTQ1_0", "use q2_0 where rows are multiples of 64"),
+        Encoding::Q6K => ("Q6_K", "use q8_0 where rows are multiples of 32"),
+        Encoding::Q4_0 => ("Q4_0", "use f16"),
         _ => ("Q8_0", "use f16"),
     };
     let why = format!("rows have {cols} columns, not a multiple of {}: {advice}", encoding.block_len());

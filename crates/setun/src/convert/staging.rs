@@ -91,19 +91,34 @@ fn check_target(target: &Path, folder: bool, force: bool) -> Result<(), ModelErr
 /// Something in a folder that is no part of a model as this module writes or copies it.
 fn foreign_entry(folder: &Path) -> Result<Option<String>, ModelError> {
     let failed = |e| ModelError::read(folder, e);
-    let mut foreign = Vec::new();
+    let (mut foreign, mut known) = (Vec::new(), Vec::new());
     for entry in fs::read_dir(folder).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        let ours = name == "config.json"
-            || COMPANIONS.contains(&name.as_str())
-            || name.ends_with(".safetensors")
-            || name.ends_with(".safetensors.index.json");
-        if !ours || entry.file_type().map_err(failed)?.is_dir() {
+        if !is_model_file(&name) || entry.file_type().map_err(failed)?.is_dir() {
             foreign.push(name);
+        } else {
+            known.push(name);
         }
     }
+    // Without a config it is no model folder, whatever its files are called.
+    if !known.iter().any(|name| name == "config.json") {
+        foreign.append(&mut known);
+    }
     Ok(foreign.into_iter().min())
+}
+
+/// `config.json`, what goes along with it, `model.safetensors`, and shards with their index.
+fn is_model_file(name: &str) -> bool {
+    let shard = |name: &str| {
+        let numbers = name.strip_prefix("model-")?.strip_suffix(".safetensors")?;
+        let (one, of) = numbers.split_once("-of-")?;
+        let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        Some(digits(one) && digits(of))
+    };
+    ["config.json", "model.safetensors", "model.safetensors.index.json"].contains(&name)
+        || COMPANIONS.contains(&name)
+        || shard(name) == Some(true)
 }
 
 fn sibling(target: &Path, what: &str) -> Result<PathBuf, ModelError> {
