@@ -308,10 +308,16 @@ impl Source for Asked<'_> {
     type Matrix = ();
     type Vector = ();
 
-    fn matrix(&mut self, name: &str, _: usize, _: usize, _: Role) -> Result<(), ModelError> {
+    fn matrix(&mut self, name: &str, _: usize, _: usize, role: Role) -> Result<(), ModelError> {
         let stored = self.weights.stored_name(name);
-        self.names.insert(format!("{name}_scale"));
-        self.names.insert(format!("{}.scale", stored.trim_end_matches(".weight")));
+        // Scales count only where they are applied.
+        if let (Role::Ternary, Numerics::Ternary(ternary)) = (role, &self.weights.config.numerics) {
+            self.names.extend(match ternary.storage {
+                Storage::Masters => None,
+                Storage::Divide | Storage::Multiply => Some(format!("{name}_scale")),
+                Storage::SelfDescribed => Some(format!("{}.scale", stored.trim_end_matches(".weight"))),
+            });
+        }
         self.names.insert(stored);
         Ok(())
     }

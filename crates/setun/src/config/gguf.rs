@@ -3,6 +3,8 @@
 //! GGUF says some things by which tensors are there (biases, an untied head, Llama 3's frequency divisors), so the
 //! reader takes the whole checkpoint. Keys: ../../docs/format.md.
 
+use setun_kernels::matrix::Scales;
+
 use super::rope::{Rope, RopeScaling, yarn_attention};
 use super::{
     Activation, ActivationType, Family, ModelConfig, Numerics, Rotation, Storage, Ternary, known, value_error,
@@ -308,7 +310,7 @@ const BITNET: [&str; 3] = ["I2_S", "IQ1_BN", "IQ2_BN"];
 ///
 /// No key says what ternary layers are multiplied with, so it follows from who makes such files: BitNet architectures and
 /// types are W1.58A8, the other grouped types and rotated weights W1.58A16. TQ1_0 and TQ2_0 hold either, and follow the family:
-/// Qwen3's ternary models are weight-only, Llama's are BitNets.
+/// Qwen3's ternary models are weight-only, Llama's are BitNets unless a matrix has several scales (TriLM), which no BitNet has.
 fn numerics(file: &Checkpoint, family: Family, rotated: bool) -> Numerics {
     let bitnet = matches!(family, Family::BitNet | Family::BitNetSilu);
     let in_blocks = file.tensors().filter(|t| t.name.starts_with("blk.") && t.encoding.is_ternary());
@@ -317,12 +319,21 @@ fn numerics(file: &Checkpoint, family: Family, rotated: bool) -> Numerics {
         return Numerics::Float;
     }
     let any_of = |names: &[&str]| types.iter().any(|t| names.iter().any(|name| t.name().starts_with(name)));
-    let weights_alone = rotated || any_of(&WEIGHT_ONLY) || family == Family::Qwen3 && !any_of(&BITNET);
+    let weights_alone = rotated
+        || any_of(&WEIGHT_ONLY)
+        || !any_of(&BITNET) && (family == Family::Qwen3 || !bitnet && has_several_scales(file));
     let activations = match weights_alone && !bitnet {
         true => ActivationType::Float,
         false => ActivationType::Int8,
     };
     Numerics::Ternary(Ternary { activations, storage: Storage::SelfDescribed, exceptions: None })
+}
+
+/// Whether the first ternary matrix of the blocks has more than one scale.
+fn has_several_scales(file: &Checkpoint) -> bool {
+    let first = file.tensors().find(|t| t.name.starts_with("blk.") && t.encoding.is_ternary());
+    let matrix = first.and_then(|t| file.tensor(&t.name).ok()?.to_ternary().ok());
+    matrix.is_some_and(|m| !matches!(m.scales(), Scales::Tensor(_)))
 }
 
 fn rope(keys: &Keys, file: &Checkpoint, head_dim: usize, max_positions: usize) -> Result<Rope, ModelError> {
