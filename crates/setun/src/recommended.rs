@@ -91,7 +91,8 @@ impl Recommended {
     fn read(find: impl Fn(&str, &str) -> Option<Found>) -> Result<Self, ModelError> {
         let number = |json, gguf, expected: &str, valid: fn(f64) -> bool| {
             let Some(found) = find(json, gguf) else { return Ok(None) };
-            match found.number.filter(|&n| n.is_finite() && valid(n)) {
+            // In f32 too, as which it is used.
+            match found.number.filter(|&n| (n as f32).is_finite() && valid(n) && valid(f64::from(n as f32))) {
                 Some(number) => Ok(Some(number)),
                 None => {
                     let shown = found.number.map_or("no number".into(), |n| n.to_string());

@@ -42,7 +42,7 @@ pub(crate) fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, TrainError> {
     Ok(found)
 }
 
-/// Refuses a held-out file that is trained on as well, under whatever name it is reached.
+/// Refuses a held-out file that is trained on as well, whichever folder or symbolic link leads to it. Copies are not recognised.
 pub(crate) fn check_held_out(data: &DataSection) -> Result<(), TrainError> {
     let real = |path: &PathBuf| std::fs::canonicalize(path).map_err(|e| TrainError::read(path, e));
     let mut trained = HashMap::new();
