@@ -29,12 +29,11 @@ def read(path):
     return json.loads(data[8 : 8 + size]), data[8 + size :]
 
 
-def main(blocks, ops, out):
+def write(chosen, out):
+    """Writes tensors given as (what `read` returned, name), in their order, wider types first."""
     header, body = {}, b""
-    chosen = [(read(blocks), name) for name in BLOCKS] + [(read(ops), name) for name in PACKING]
     width = {"F32": 0, "I8": 1, "U8": 1}
-    chosen.sort(key=lambda c: width[c[0][0][c[1]]["dtype"]])
-    for (entries, data), name in chosen:
+    for (entries, data), name in sorted(chosen, key=lambda c: width[c[0][0][c[1]]["dtype"]]):
         entry = entries[name]
         start, end = entry["data_offsets"]
         header[name] = dict(entry, data_offsets=[len(body), len(body) + end - start])
@@ -45,4 +44,9 @@ def main(blocks, ops, out):
         file.write(struct.pack("<Q", len(text)) + text + body)
 
 
-main(*sys.argv[1:])
+def main(blocks, ops, out):
+    write([(read(blocks), name) for name in BLOCKS] + [(read(ops), name) for name in PACKING], out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use anyhow::Result;
 use serde::Serialize;
+use setun::config::ActivationType;
 use setun::config::ModelConfig;
-use setun::cpu::ActivationType;
 use setun::engine::{Engine, EngineOptions};
 use setun::kv_cache::KvType;
 use setun_kernels::Kernels;

@@ -3,9 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use clap::ValueEnum;
+use setun::config::ActivationType;
 use setun::config::ModelConfig;
-use setun::cpu::ActivationType;
 use setun::engine::{Engine, EngineOptions};
 use setun::format::{Checkpoint, I2sLayout, OpenOptions, Type42};
 use setun::kv_cache::KvType;
@@ -17,57 +16,29 @@ use crate::default_model;
 /// What a GGUF file leaves open: the user's word, where the file's own evidence does not decide.
 #[derive(clap::Args, Debug, Clone, Copy)]
 pub struct OpenArgs {
-    /// What GGUF tensors of type 42 are, where their sizes do not tell: Q2_0 in groups of 64 or of 128 weights
-    #[arg(long, value_name = "LAYOUT", help_heading = "Loading")]
-    pub type42: Option<Groups>,
+    /// What GGUF tensors of type 42 are, where their sizes do not tell: group64 or group128 (Q2_0 in groups of so many weights)
+    #[arg(long, value_name = "LAYOUT", value_parser = type42, help_heading = "Loading")]
+    pub type42: Option<Type42>,
     /// Layout of I2_S tensors: x86, neon64 (ARM builds of bitnet.cpp since November 2025) or rows4 [default: x86]
-    #[arg(long, value_name = "LAYOUT", help_heading = "Loading")]
-    pub i2s: Option<Layout>,
-}
-
-/// Values of `--type42`.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum Groups {
-    Group64,
-    Group128,
-}
-
-/// Values of `--i2s`.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum Layout {
-    X86,
-    Neon64,
-    Rows4,
+    #[arg(long, value_name = "LAYOUT", value_parser = i2s_layout, help_heading = "Loading")]
+    pub i2s: Option<I2sLayout>,
 }
 
 impl OpenArgs {
-    fn options(self) -> OpenOptions {
-        OpenOptions {
-            type42: match self.type42 {
-                None => Type42::Detect,
-                Some(Groups::Group64) => Type42::Group64,
-                Some(Groups::Group128) => Type42::Group128,
-            },
-            i2s: match self.i2s {
-                None | Some(Layout::X86) => I2sLayout::X86,
-                Some(Layout::Neon64) => I2sLayout::Neon64,
-                Some(Layout::Rows4) => I2sLayout::Rows4,
-            },
-        }
-    }
-
     /// Opens the model that the user named, or the one in the program.
     pub fn open(self, model: Option<&Path>) -> Result<Checkpoint> {
         let Some(path) = model else {
             return Ok(Checkpoint::from_bytes(default_model::NAME, default_model::BYTES)?);
         };
+        let options =
+            OpenOptions { type42: self.type42.unwrap_or_default(), i2s: self.i2s.unwrap_or_default() };
         if !path.exists() && looks_like_hub_name(path) {
             bail!(
                 "there is no file or folder `{}`, and models cannot be fetched from a hub yet: download it and name its folder",
                 path.display()
             );
         }
-        Ok(Checkpoint::open_with(path, self.options())?)
+        Ok(Checkpoint::open_with(path, options)?)
     }
 }
 
@@ -201,6 +172,23 @@ pub fn activations(text: &str) -> Result<ActivationType, String> {
         "int8" => Ok(ActivationType::Int8),
         "float" => Ok(ActivationType::Float),
         _ => Err("int8 or float is expected".into()),
+    }
+}
+
+fn type42(text: &str) -> Result<Type42, String> {
+    match text {
+        "group64" => Ok(Type42::Group64),
+        "group128" => Ok(Type42::Group128),
+        _ => Err("group64 or group128 is expected".into()),
+    }
+}
+
+fn i2s_layout(text: &str) -> Result<I2sLayout, String> {
+    match text {
+        "x86" => Ok(I2sLayout::X86),
+        "neon64" => Ok(I2sLayout::Neon64),
+        "rows4" => Ok(I2sLayout::Rows4),
+        _ => Err("x86, neon64 or rows4 is expected".into()),
     }
 }
 

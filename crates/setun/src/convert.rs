@@ -279,19 +279,7 @@ fn check_types(
     options: &ConvertOptions,
 ) -> Result<(), ModelError> {
     let refuse = |name: &str, encoding: &Encoding, why: String| {
-        let encoding = match encoding {
-            Encoding::I2S => "I2_S",
-            Encoding::TQ1_0 => "TQ1_0",
-            Encoding::TQ2_0 => "TQ2_0",
-            Encoding::Q2_0G64 => "Q2_0",
-            Encoding::PQ2_0 => "PQ2_0",
-            Encoding::PTQ1_0 => "PTQ1_0",
-            Encoding::Q8_0 => "Q8_0",
-            Encoding::Q6K => "Q6_K",
-            Encoding::Q4_0 => "Q4_0",
-            _ => "the type asked for",
-        };
-        Err(ModelError::CannotEncode { name: name.to_owned(), encoding, why })
+        Err(ModelError::CannotEncode { name: name.to_owned(), encoding: encoding.to_string(), why })
     };
     let ternary = planned.iter().any(|p| p.ternary);
     let plain = [Encoding::F32, Encoding::F16, Encoding::BF16];

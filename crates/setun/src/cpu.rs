@@ -8,8 +8,7 @@ use setun_kernels::quant::Activations;
 use setun_kernels::ternary::PackedMatrix;
 use setun_kernels::threads::Pool;
 
-pub use crate::config::ActivationType;
-use crate::config::{Activation, ModelConfig, RopeTable};
+use crate::config::{Activation, ActivationType, ModelConfig, RopeTable};
 use crate::error::ModelError;
 use crate::kv_cache::KvCache;
 use crate::model::{Role, Source};

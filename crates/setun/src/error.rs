@@ -74,7 +74,7 @@ pub enum ModelError {
         /// The tensor.
         name: String,
         /// The encoding's name.
-        encoding: &'static str,
+        encoding: String,
         /// Which property it lacks.
         why: String,
     },

@@ -132,7 +132,7 @@ impl<'a> Weights<'a> {
                 if !self.config.sub_norms && extra.is_none() {
                     return Ok(Weight::Dense(tensor.to_dense()?));
                 }
-                return self.recognise(tensor, rows, cols, extra);
+                return Self::recognise(tensor, extra);
             }
             Storage::Divide => ScaleConvention::Divide,
             Storage::Multiply => ScaleConvention::Multiply,
@@ -143,37 +143,21 @@ impl<'a> Weights<'a> {
         }
         // Packed or not is decided by the stored shape in `transformers` too: full-size floats hold the codes themselves.
         expect_shape(tensor, &[rows, cols])?;
-        self.recognise(tensor, rows, cols, Some(scale_value(&scale, convention)?))
+        Self::recognise(tensor, Some(scale_value(&scale, convention)?))
     }
 
     /// Float copies of ternary values: every weight is 0 or ± one number.
-    fn recognise(
-        &self,
-        tensor: &Tensor,
-        rows: usize,
-        cols: usize,
-        extra: Option<f32>,
-    ) -> Result<Weight, ModelError> {
-        let values = finite(tensor)?;
-        let magnitude = values.iter().map(|v| v.abs()).find(|&v| v > 0.0).unwrap_or(1.0);
-        let mut trits = Vec::with_capacity(values.len());
-        for (index, &value) in values.iter().enumerate() {
-            trits.push(match value {
-                0.0 => 0,
-                v if v == magnitude => 1,
-                v if v == -magnitude => -1,
-                _ => {
-                    return Err(ModelError::tensor(
-                        tensor.name(),
-                        format!(
-                            "a ternary layer is expected, so every weight must be 0 or ± one scale, but weight {index} is {value} \
-                             beside {magnitude}; float masters need `quantization_mode: online` in a config.json"
-                        ),
-                    ));
-                }
-            });
+    fn recognise(tensor: &Tensor, extra: Option<f32>) -> Result<Weight, ModelError> {
+        let hint = "a ternary layer is expected, whose weights are 0 or ± one scale; float masters need \
+                    `quantization_mode: online` in a config.json";
+        let matrix = tensor.recognise_ternary().map_err(|error| match error {
+            ModelError::Tensor { name, what } => ModelError::Tensor { name, what: format!("{what}: {hint}") },
+            other => other,
+        })?;
+        match matrix.scales() {
+            Scales::Tensor(_) => rescale(matrix, extra, tensor.name()).map(Weight::Ternary),
+            _ => Err(ModelError::tensor(tensor.name(), format!("it has more than one scale: {hint}"))),
         }
-        Self::one_scale(tensor.name(), rows, cols, &trits, magnitude * extra.unwrap_or(1.0))
     }
 
     fn one_scale(

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use setun::config::ActivationType;
 use setun::config::ModelConfig;
 use setun::convert::{ConvertOptions, ConvertReport, Target, convert};
-use setun::cpu::ActivationType;
 use setun::engine::{Engine, EngineOptions};
 use setun::format::gguf::{GgufWriter, Metadata, Value};
 use setun::format::{Checkpoint, Encoding, ScaleConvention, TensorInfo, TensorSpec};

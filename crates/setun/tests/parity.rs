@@ -5,8 +5,8 @@
 
 use std::path::{Path, PathBuf};
 
+use setun::config::ActivationType;
 use setun::config::ModelConfig;
-use setun::cpu::ActivationType;
 use setun::engine::{Engine, EngineOptions};
 use setun::error::ModelError;
 use setun::format::Checkpoint;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use setun::cpu::ActivationType;
+use setun::config::ActivationType;
 use setun::engine::{Engine, EngineOptions};
 use setun::kv_cache::KvType;
 use setun::tokenizer::Tokenizer;

@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use serde::Serialize;
+use setun::config::ActivationType;
 use setun::config::ModelConfig;
-use setun::cpu::ActivationType;
 use setun::engine::{Engine, PREFILL_BATCH};
 use setun::error::ModelError;
 use setun::kv_cache::KvType;

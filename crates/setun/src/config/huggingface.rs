@@ -1,6 +1,8 @@
 //! `config.json` as Hugging Face models carry it, read and written.
 
-use serde::{Deserialize, Deserializer};
+mod raw;
+
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::rope::{Rope, RopeScaling, yarn_attention};
@@ -9,79 +11,7 @@ use super::{
     value_error,
 };
 use crate::error::ModelError;
-
-/// The fields that matter, each optional so that a missing one can be named.
-#[derive(Deserialize)]
-struct RawConfig {
-    architectures: Option<Vec<String>>,
-    model_type: Option<String>,
-    hidden_act: Option<String>,
-    #[serde(default, deserialize_with = "whole")]
-    vocab_size: Option<usize>,
-    #[serde(default, deserialize_with = "whole")]
-    hidden_size: Option<usize>,
-    #[serde(default, deserialize_with = "whole")]
-    intermediate_size: Option<usize>,
-    #[serde(default, deserialize_with = "whole")]
-    num_hidden_layers: Option<usize>,
-    #[serde(default, deserialize_with = "whole")]
-    num_attention_heads: Option<usize>,
-    #[serde(default, deserialize_with = "whole")]
-    num_key_value_heads: Option<usize>,
-    #[serde(default, deserialize_with = "whole")]
-    head_dim: Option<usize>,
-    #[serde(default, deserialize_with = "whole")]
-    max_position_embeddings: Option<usize>,
-    rms_norm_eps: Option<f64>,
-    tie_word_embeddings: Option<bool>,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<RawRope>,
-    #[serde(default, deserialize_with = "one_for_all_layers")]
-    rope_parameters: Option<RawRope>,
-    partial_rotary_factor: Option<f64>,
-    #[serde(default, deserialize_with = "whole")]
-    sliding_window: Option<usize>,
-    use_sliding_window: Option<bool>,
-    #[serde(default, deserialize_with = "whole")]
-    max_window_layers: Option<usize>,
-    layer_types: Option<Vec<String>>,
-    attention_bias: Option<bool>,
-    mlp_bias: Option<bool>,
-    quantization_config: Option<RawQuantization>,
-    weight_bits: Option<f64>,
-    input_bits: Option<f64>,
-    bos_token_id: Option<Value>,
-    eos_token_id: Option<Value>,
-}
-
-#[derive(Deserialize)]
-struct RawRope {
-    rope_type: Option<String>,
-    r#type: Option<String>,
-    rope_theta: Option<f64>,
-    factor: Option<f64>,
-    #[serde(default, deserialize_with = "whole")]
-    original_max_position_embeddings: Option<usize>,
-    attention_factor: Option<f64>,
-    beta_fast: Option<f64>,
-    beta_slow: Option<f64>,
-    mscale: Option<f64>,
-    mscale_all_dim: Option<f64>,
-    truncate: Option<bool>,
-    low_freq_factor: Option<f64>,
-    high_freq_factor: Option<f64>,
-    partial_rotary_factor: Option<f64>,
-}
-
-#[derive(Deserialize)]
-struct RawQuantization {
-    quant_method: Option<String>,
-    linear_class: Option<String>,
-    quantization_mode: Option<String>,
-    modules_to_not_convert: Option<Vec<String>>,
-    use_rms_norm: Option<bool>,
-    rms_norm_eps: Option<f64>,
-}
+use raw::{RawConfig, RawRope};
 
 /// What a family's class in `transformers` fills in for keys that a file leaves out; sizes have no sensible default.
 struct Defaults {
@@ -125,33 +55,6 @@ impl Family {
             }
         }
     }
-}
-
-/// A size, also where a program wrote it as a float (`2048.0`, `1e4`).
-fn whole<'de, D: Deserializer<'de>>(from: D) -> Result<Option<usize>, D::Error> {
-    let Some(number) = Option::<serde_json::Number>::deserialize(from)? else { return Ok(None) };
-    let float = number.as_f64().filter(|x| x.fract() == 0.0 && (0.0..9e15).contains(x)).map(|x| x as u64);
-    let size = number.as_u64().or(float).and_then(|n| usize::try_from(n).ok());
-    size.map(Some).ok_or_else(|| serde::de::Error::custom(format!("{number} is not a whole number from 0")))
-}
-
-/// `rope_parameters`, which may hold one section per kind of layer; sections that differ cannot be run.
-fn one_for_all_layers<'de, D: Deserializer<'de>>(from: D) -> Result<Option<RawRope>, D::Error> {
-    use serde::de::Error;
-    let value = Value::deserialize(from)?;
-    let nested = value.as_object().map(|map| map.values().filter(|v| v.is_object()).collect::<Vec<_>>());
-    let flat = match nested.as_deref() {
-        Some([first, rest @ ..]) => match rest.iter().all(|section| section == first) {
-            true => *first,
-            false => {
-                return Err(D::Error::custom(
-                    "layers differ in it, but one section for all layers is what this version runs",
-                ));
-            }
-        },
-        _ => &value,
-    };
-    Option::<RawRope>::deserialize(flat).map_err(D::Error::custom)
 }
 
 fn need<T>(value: Option<T>, field: &str) -> Result<T, ModelError> {

@@ -103,7 +103,7 @@ impl<'a> Encoder<'a> {
         if !one && !self.job.is_weight_only() {
             return Err(ModelError::CannotEncode {
                 name: planned.name.clone(),
-                encoding: "floats",
+                encoding: "floats".into(),
                 why: "it has more than one scale, which readers of float copies do not expect: use tq2_0"
                     .into(),
             });
@@ -118,7 +118,7 @@ impl<'a> Encoder<'a> {
         if after != before && !self.job.options.lossy {
             return Err(ModelError::CannotEncode {
                 name: planned.name.clone(),
-                encoding: "floats",
+                encoding: "floats".into(),
                 why: format!(
                     "its scale is not a number that {to} has, so weights would be off by {}: use f32 or i2_s, or allow \
                      it (--lossy)",
@@ -218,7 +218,7 @@ impl<'a> Encoder<'a> {
                     let why = format!("no number times the scale {scale} is {value}: use --scales divide");
                     return Err(ModelError::CannotEncode {
                         name: name.into(),
-                        encoding: "a scaled bias",
+                        encoding: "a scaled bias".into(),
                         why,
                     });
                 }

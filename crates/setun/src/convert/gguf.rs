@@ -26,8 +26,11 @@ pub(super) fn prepare(
         metadata.insert(key.clone(), value.clone());
     }
     general(job, output, &items, &mut metadata);
-    for (key, value) in Recommended::of(job.file)?.to_gguf() {
-        metadata.insert(key, value);
+    // From GGUF to GGUF it is among the keys that go along as they are.
+    if job.file.gguf_metadata().is_none() {
+        for (key, value) in Recommended::of(job.file)?.to_gguf() {
+            metadata.insert(key, value);
+        }
     }
     for (key, value) in keys.into_iter().filter(|(key, _)| key != "general.architecture") {
         metadata.insert(key, value);
@@ -39,7 +42,7 @@ pub(super) fn prepare(
 /// Models whose layers GGUF would describe wrongly.
 fn check(job: &Job) -> Result<(), ModelError> {
     let refuse = |planned: &Planned, why: &str| {
-        let encoding = "part of a GGUF model";
+        let encoding = "part of a GGUF model".to_owned();
         Err(ModelError::CannotEncode { name: planned.name.clone(), encoding, why: why.into() })
     };
     for planned in job.planned {
@@ -110,19 +113,15 @@ fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
 }
 
 fn no_whole_blocks(planned: &Planned, cols: usize, encoding: &Encoding) -> ModelError {
-    let (label, advice) = match encoding {
-        Encoding::I2S => ("I2_S", "use f32 or f16 (BitNet architectures), or --to hf"),
-        Encoding::TQ1_0 => ("TQ1_0", "use i2_s where rows are multiples of 128"),
-        Encoding::TQ2_0 => ("TQ2_0", "use i2_s where rows are multiples of 128"),
-        Encoding::Q2_0G64 => ("Q2_0", "use f16"),
-        Encoding::PQ2_0 => ("PQ2_0", "use q2_0 where rows are multiples of 64"),
-        Encoding::PTQ1_0 => ("PTQ1_0", "use q2_0 where rows are multiples of 64"),
-        Encoding::Q6K => ("Q6_K", "use q8_0 where rows are multiples of 32"),
-        Encoding::Q4_0 => ("Q4_0", "use f16"),
-        _ => ("Q8_0", "use f16"),
+    let advice = match encoding {
+        Encoding::I2S => "use f32 or f16 (BitNet architectures), or --to hf",
+        Encoding::TQ1_0 | Encoding::TQ2_0 => "use i2_s where rows are multiples of 128",
+        Encoding::PQ2_0 | Encoding::PTQ1_0 => "use q2_0 where rows are multiples of 64",
+        Encoding::Q6K => "use q8_0 where rows are multiples of 32",
+        _ => "use f16",
     };
     let why = format!("rows have {cols} columns, not a multiple of {}: {advice}", encoding.block_len());
-    ModelError::CannotEncode { name: planned.name.clone(), encoding: label, why }
+    ModelError::CannotEncode { name: planned.name.clone(), encoding: encoding.to_string(), why }
 }
 
 /// Heads of a tensor whose rows rotate.

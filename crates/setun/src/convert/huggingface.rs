@@ -44,7 +44,7 @@ pub(super) fn items(job: &Job, notes: &mut Vec<String>) -> Result<(Vec<Item>, Sc
                 let (rows, cols) = (planned.shape[0], planned.shape[1]);
                 if !rows.is_multiple_of(4) {
                     let why = format!("{rows} rows are not a multiple of 4");
-                    return Err(ModelError::CannotEncode { name, encoding: "packed uint8", why });
+                    return Err(ModelError::CannotEncode { name, encoding: "packed uint8".into(), why });
                 }
                 let scale_type = if widen { Encoding::F32 } else { scale_type(job, planned, scales) };
                 put(spec(format!("{name}_scale"), vec![1], scale_type), Part::Scale(index));

@@ -313,7 +313,7 @@ impl SafetensorsWriter {
             let end = length.and_then(|n| offset.checked_add(n)).ok_or_else(|| {
                 let why = format!("{} of shape {:?} is no plain number type", spec.encoding, spec.shape);
                 let name = spec.name.clone();
-                ModelError::CannotEncode { name, encoding: "safetensors", why }
+                ModelError::CannotEncode { name, encoding: "safetensors".into(), why }
             })?;
             let entry = serde_json::json!({
                 "dtype": spec.encoding.name(),

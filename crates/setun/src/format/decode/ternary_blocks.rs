@@ -17,8 +17,11 @@ pub(super) struct Unit {
     /// What they are, for messages.
     pub(super) name: &'static str,
     scale: Scale,
-    codes: fn(&[u8], &mut [u8]),
+    codes: Codes,
 }
+
+/// Writes the canonical codes of a unit, scale left out.
+type Codes = fn(&[u8], &mut [u8]);
 
 /// Where in a unit its scale is.
 enum Scale {
@@ -30,19 +33,21 @@ enum Scale {
 impl Unit {
     /// The units of a type in rows of `cols` weights; `None` if it is no type of this kind.
     pub(super) fn of(encoding: &Encoding, cols: usize) -> Option<Self> {
-        let block = |weights, bytes, scale, codes| Self { weights, bytes, name: "block", scale, codes };
-        let row = |bytes, scale, codes| Self { weights: cols, bytes, name: "row", scale, codes };
-        Some(match encoding {
-            Encoding::Q1_0 => block(128, 18, Scale::FirstF16, signs),
-            Encoding::Q2_0G64 => block(64, 18, Scale::FirstF16, canonical),
-            Encoding::Q2_0G128 | Encoding::PQ2_0 => block(128, 34, Scale::FirstF16, canonical),
-            Encoding::PTQ1_0 => block(128, 28, Scale::LastF16, ptq1_0),
-            Encoding::TQ1_0 => block(256, 54, Scale::LastF16, tq1_0),
-            Encoding::TQ2_0 => block(256, 66, Scale::LastF16, tq2_0),
-            Encoding::IQ1BN => row(2 + cols / 64 * 13, Scale::FirstF16, iq1_bn),
-            Encoding::IQ2BN => row(4 + cols / 64 * 16, Scale::FirstF32, iq2_bn),
+        let (scale, codes): (Scale, Codes) = match encoding {
+            Encoding::Q1_0 => (Scale::FirstF16, signs),
+            Encoding::Q2_0G64 | Encoding::Q2_0G128 | Encoding::PQ2_0 => (Scale::FirstF16, canonical),
+            Encoding::PTQ1_0 => (Scale::LastF16, ptq1_0),
+            Encoding::TQ1_0 => (Scale::LastF16, tq1_0),
+            Encoding::TQ2_0 => (Scale::LastF16, tq2_0),
+            Encoding::IQ1BN => (Scale::FirstF16, iq1_bn),
+            Encoding::IQ2BN => (Scale::FirstF32, iq2_bn),
             _ => return None,
-        })
+        };
+        let (name, weights, bytes) = match encoding.block() {
+            Some((weights, bytes)) => ("block", weights, bytes),
+            None => ("row", cols, encoding.byte_len(&[1, cols])?),
+        };
+        Some(Self { weights, bytes, name, scale, codes })
     }
 
     /// Writes the canonical codes of one unit and returns its scale.

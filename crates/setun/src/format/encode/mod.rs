@@ -25,8 +25,8 @@ pub enum Scaling {
     Round,
 }
 
-fn refusal(name: &str, encoding: &'static str, why: String) -> ModelError {
-    ModelError::CannotEncode { name: name.to_owned(), encoding, why }
+fn refusal(name: &str, encoding: &str, why: String) -> ModelError {
+    ModelError::CannotEncode { name: name.to_owned(), encoding: encoding.to_owned(), why }
 }
 
 /// Stores floats as F32, F16 or BF16 (rounded to even), or in blocks: Q8_0 (`d = max|x| / 127`), Q4_0 (`d = x / −8`
@@ -54,9 +54,9 @@ pub fn encode_floats(
             }
             Ok(values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect())
         }
-        Encoding::Q8_0 => blocks(name, values, cols, "Q8_0", quantise::q8_0),
-        Encoding::Q4_0 => blocks(name, values, cols, "Q4_0", quantise::q4_0),
-        Encoding::Q6K => blocks(name, values, cols, "Q6_K", quantise::q6_k),
+        Encoding::Q8_0 => blocks(name, values, cols, encoding, quantise::q8_0),
+        Encoding::Q4_0 => blocks(name, values, cols, encoding, quantise::q4_0),
+        Encoding::Q6K => blocks(name, values, cols, encoding, quantise::q6_k),
         _ => {
             let why = format!("floats are stored as F32, F16, BF16, Q8_0, Q4_0 or Q6_K, not {encoding}");
             Err(refusal(name, "a float type", why))
@@ -69,9 +69,10 @@ fn blocks<const N: usize, const B: usize>(
     name: &str,
     values: &[f32],
     cols: usize,
-    label: &'static str,
+    encoding: &Encoding,
     quantise: fn(&[f32; N]) -> Option<[u8; B]>,
 ) -> Result<Vec<u8>, ModelError> {
+    let label = encoding.name();
     if !cols.is_multiple_of(N) || !values.len().is_multiple_of(N) {
         let why = format!("rows have {cols} columns, not a multiple of {N}");
         return Err(refusal(name, label, why));

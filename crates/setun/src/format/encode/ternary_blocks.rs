@@ -10,23 +10,19 @@ use crate::format::decode::ZEROS;
 
 /// A type with an f16 scale per block.
 struct Blocks {
-    label: &'static str,
-    weights: usize,
     scale_first: bool,
     put: fn(&[u8], &mut Vec<u8>),
 }
 
 impl Blocks {
     fn of(encoding: &Encoding) -> Option<Self> {
-        let blocks = |label, weights, scale_first, put| Self { label, weights, scale_first, put };
+        let blocks = |scale_first, put| Self { scale_first, put };
         let canonical = |codes: &[u8], out: &mut Vec<u8>| out.extend_from_slice(codes);
         Some(match encoding {
-            Encoding::Q2_0G64 => blocks("Q2_0", 64, true, canonical),
-            Encoding::Q2_0G128 => blocks("Q2_0 in groups of 128", 128, true, canonical),
-            Encoding::PQ2_0 => blocks("PQ2_0", 128, true, canonical),
-            Encoding::PTQ1_0 => blocks("PTQ1_0", 128, false, put_ptq1_0),
-            Encoding::TQ1_0 => blocks("TQ1_0", 256, false, put_tq1_0),
-            Encoding::TQ2_0 => blocks("TQ2_0", 256, false, put_tq2_0),
+            Encoding::Q2_0G64 | Encoding::Q2_0G128 | Encoding::PQ2_0 => blocks(true, canonical),
+            Encoding::PTQ1_0 => blocks(false, put_ptq1_0),
+            Encoding::TQ1_0 => blocks(false, put_tq1_0),
+            Encoding::TQ2_0 => blocks(false, put_tq2_0),
             _ => return None,
         })
     }
@@ -47,23 +43,21 @@ pub fn encode_ternary(
     encoding: &Encoding,
     scaling: Scaling,
 ) -> Result<Vec<u8>, ModelError> {
-    let (label, weights) = match (Blocks::of(encoding), encoding) {
-        (Some(blocks), _) => (blocks.label, blocks.weights),
-        (None, Encoding::I2S) => ("I2_S", 128),
-        _ => {
-            let why = format!(
-                "ternary matrices are stored as TQ1_0, TQ2_0, Q2_0, PQ2_0, PTQ1_0 or I2_S, not {encoding}"
-            );
-            return Err(refusal(name, "a ternary type", why));
-        }
-    };
+    let blocks = Blocks::of(encoding);
+    if blocks.is_none() && *encoding != Encoding::I2S {
+        let why = format!(
+            "ternary matrices are stored as TQ1_0, TQ2_0, Q2_0, PQ2_0, PTQ1_0 or I2_S, not {encoding}"
+        );
+        return Err(refusal(name, "a ternary type", why));
+    }
+    let (label, weights) = (encoding.name(), encoding.block_len());
     let (rows, cols) = (matrix.rows(), matrix.cols());
     if !cols.is_multiple_of(weights) {
         let why = format!("rows have {cols} columns, not a multiple of {weights}");
         return Err(refusal(name, label, why));
     }
     let mut out = Vec::with_capacity(encoding.byte_len(&[rows, cols]).unwrap_or(0));
-    let Some(blocks) = Blocks::of(encoding) else {
+    let Some(blocks) = blocks else {
         let scale = single_scale(matrix).ok_or_else(|| {
             refusal(name, label, "it has more than one scale, and the type holds one".into())
         })?;
@@ -76,7 +70,8 @@ pub fn encode_ternary(
     };
     for row in 0..rows {
         for (index, codes) in matrix.row_codes(row).chunks_exact(weights / 4).enumerate() {
-            let d = block_scale(name, &blocks, matrix, codes, (row, index * weights), scaling)?.to_le_bytes();
+            let d =
+                block_scale(name, encoding, matrix, codes, (row, index * weights), scaling)?.to_le_bytes();
             if blocks.scale_first {
                 out.extend_from_slice(&d);
             }
@@ -92,7 +87,7 @@ pub fn encode_ternary(
 /// The scale of the weights of the block at (`row`, `first`), as f16. Those that are 0 ask for none.
 fn block_scale(
     name: &str,
-    blocks: &Blocks,
+    encoding: &Encoding,
     matrix: &TernaryMatrix,
     codes: &[u8],
     (row, first): (usize, usize),
@@ -106,9 +101,9 @@ fn block_scale(
             if scale.get_or_insert(here).to_bits() != here.to_bits() {
                 let why = format!(
                     "the {} weights from row {row}, column {first} have more than one scale",
-                    blocks.weights
+                    encoding.block_len()
                 );
-                return Err(refusal(name, blocks.label, why));
+                return Err(refusal(name, encoding.name(), why));
             }
         }
         if !matches!(matrix.scales(), Scales::Block { .. }) {
@@ -124,7 +119,7 @@ fn block_scale(
     }
     let why =
         format!("its scale {scale} would become {d} in half precision, so it needs permission to round");
-    Err(refusal(name, blocks.label, why))
+    Err(refusal(name, encoding.name(), why))
 }
 
 fn scale_at(matrix: &TernaryMatrix, row: usize, col: usize) -> f32 {

@@ -65,7 +65,7 @@ impl GgufWriter {
             }
             let refuse = |why: &str| ModelError::CannotEncode {
                 name: spec.name.clone(),
-                encoding: "GGUF",
+                encoding: "GGUF".into(),
                 why: format!("{} {why}", spec.encoding),
             };
             let id = types::id(&spec.encoding).ok_or_else(|| refuse("is no GGUF type"))?;
