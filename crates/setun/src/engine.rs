@@ -5,12 +5,12 @@ use std::path::Path;
 use setun_kernels::Kernels;
 use setun_kernels::threads::{Pool, physical_cores_allowed};
 
-use crate::config::ModelConfig;
-use crate::cpu::{ActivationType, CpuMatrix, CpuOps, CpuSource, Part, Workspace};
+use crate::config::{ActivationType, ModelConfig};
+use crate::cpu::{CpuMatrix, CpuOps, CpuSource, Part, Workspace};
 use crate::error::ModelError;
 use crate::format::Checkpoint;
 use crate::kv_cache::{KvCache, KvType};
-use crate::model::Model;
+use crate::model::{Layer, Model};
 use crate::ops::{Linear, Tap};
 use crate::weights::Weights;
 
@@ -97,10 +97,7 @@ impl Engine {
         let model = &self.model;
         let linear =
             |l: &Linear<CpuMatrix, Vec<f32>>| l.matrix.bytes() + l.bias.as_ref().map_or(0, |b| 4 * b.len());
-        let layers = model
-            .layers
-            .iter()
-            .map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].map(linear).iter().sum::<usize>());
+        let layers = model.layers.iter().flat_map(Layer::linears).map(linear);
         layers.sum::<usize>() + linear(model.head.as_ref().unwrap_or(&model.embed))
     }
 

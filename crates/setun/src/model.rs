@@ -4,9 +4,15 @@
 //! for, and [`Model::hidden`] the only place that knows in which order they are used. Both are generic: `M` and `V` are a
 //! matrix and a vector as an executor holds them (see [`crate::ops`]).
 
+mod attention;
+mod feed_forward;
+
 use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::ops::{Direction, Linear, Ops, Tap};
+
+pub use attention::Attention;
+pub use feed_forward::FeedForward;
 
 /// What a matrix is for, which decides how it is stored and multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,35 +51,17 @@ pub trait Source {
     fn vector(&mut self, name: &str, len: usize) -> Result<Self::Vector, ModelError>;
 }
 
-/// One block: attention, then a gated feed-forward layer, each behind a residual.
+/// One block: tokens are mixed, then each goes through a feed-forward layer, both behind a norm and a residual.
 #[derive(Debug, Clone)]
 pub struct Layer<M, V> {
-    /// Norm before attention.
-    pub attn_norm: V,
-    /// Query projection, `[heads * head_dim, hidden_size]`.
-    pub q: Linear<M, V>,
-    /// Key projection, `[kv_heads * head_dim, hidden_size]`.
-    pub k: Linear<M, V>,
-    /// Value projection, `[kv_heads * head_dim, hidden_size]`.
-    pub v: Linear<M, V>,
-    /// Norm of every query head, `[head_dim]`, before RoPE (Qwen3).
-    pub q_norm: Option<V>,
-    /// Norm of every key head, `[head_dim]`, before RoPE (Qwen3).
-    pub k_norm: Option<V>,
-    /// BitNet's SubLN over the concatenated heads, before the output projection.
-    pub attn_sub_norm: Option<V>,
-    /// Output projection, `[hidden_size, heads * head_dim]`.
-    pub o: Linear<M, V>,
+    /// Norm before the mixer.
+    pub mixer_norm: V,
+    /// What carries information from token to token.
+    pub mixer: Attention<M, V>,
     /// Norm before the feed-forward layer.
     pub mlp_norm: V,
-    /// Gate projection, `[intermediate_size, hidden_size]`.
-    pub gate: Linear<M, V>,
-    /// Up projection, `[intermediate_size, hidden_size]`.
-    pub up: Linear<M, V>,
-    /// BitNet's SubLN before the down projection.
-    pub ffn_sub_norm: Option<V>,
-    /// Down projection, `[hidden_size, intermediate_size]`.
-    pub down: Linear<M, V>,
+    /// What is done with each token alone.
+    pub mlp: FeedForward<M, V>,
 }
 
 /// A decoder-only language model.
@@ -141,30 +129,22 @@ impl<M, V> Model<M, V> {
 }
 
 impl<M, V> Layer<M, V> {
+    /// Its linear layers, in the order of the forward pass.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear<M, V>> {
+        self.mixer.linears().into_iter().chain(self.mlp.linears())
+    }
+
     fn build(
         c: &ModelConfig,
         n: usize,
         source: &mut impl Source<Matrix = M, Vector = V>,
     ) -> Result<Self, ModelError> {
-        let (hidden, ffn) = (c.hidden_size, c.intermediate_size);
-        let (q_out, kv_out) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let name = |part: &str| format!("model.layers.{n}.{part}");
-        let linear =
-            |source: &mut _, part: &str, rows, cols, bias| linear(c, source, &name(part), rows, cols, bias);
+        let layer = format!("model.layers.{n}");
         Ok(Self {
-            attn_norm: source.vector(&name("input_layernorm.weight"), hidden)?,
-            q: linear(source, "self_attn.q_proj", q_out, hidden, c.qkv_bias)?,
-            k: linear(source, "self_attn.k_proj", kv_out, hidden, c.qkv_bias)?,
-            v: linear(source, "self_attn.v_proj", kv_out, hidden, c.qkv_bias)?,
-            q_norm: optional(c.qk_norm, source, &name("self_attn.q_norm.weight"), c.head_dim)?,
-            k_norm: optional(c.qk_norm, source, &name("self_attn.k_norm.weight"), c.head_dim)?,
-            attn_sub_norm: optional(c.sub_norms, source, &name("self_attn.attn_sub_norm.weight"), q_out)?,
-            o: linear(source, "self_attn.o_proj", hidden, q_out, c.output_bias)?,
-            mlp_norm: source.vector(&name("post_attention_layernorm.weight"), hidden)?,
-            gate: linear(source, "mlp.gate_proj", ffn, hidden, c.mlp_bias)?,
-            up: linear(source, "mlp.up_proj", ffn, hidden, c.mlp_bias)?,
-            ffn_sub_norm: optional(c.sub_norms, source, &name("mlp.ffn_sub_norm.weight"), ffn)?,
-            down: linear(source, "mlp.down_proj", hidden, ffn, c.mlp_bias)?,
+            mixer_norm: source.vector(&format!("{layer}.input_layernorm.weight"), c.hidden_size)?,
+            mixer: Attention::build(c, &layer, source)?,
+            mlp_norm: source.vector(&format!("{layer}.post_attention_layernorm.weight"), c.hidden_size)?,
+            mlp: FeedForward::build(c, &layer, source)?,
         })
     }
 
@@ -175,24 +155,11 @@ impl<M, V> Layer<M, V> {
         ops: &mut O,
         x: O::Buf,
     ) -> O::Buf {
-        let normed = ops.rms_norm(&x, &self.attn_norm, c.rms_norm_eps);
-        let [q, k, v] = project(c, ops, &normed, [&self.q, &self.k, &self.v]);
-        ops.release(normed);
-        let (q, k) = (norm(c, ops, q, self.q_norm.as_ref()), norm(c, ops, k, self.k_norm.as_ref()));
-        let (q, k) = (ops.rope(q, c.heads, c.head_dim), ops.rope(k, c.kv_heads, c.head_dim));
-        let mixed = ops.attention(q, k, v, c.attention(n));
-        let mixed = norm(c, ops, mixed, self.attn_sub_norm.as_ref());
-        let [attn] = project(c, ops, &mixed, [&self.o]);
-        ops.release(mixed);
-        let x = ops.add(x, attn);
-
+        let normed = ops.rms_norm(&x, &self.mixer_norm, c.rms_norm_eps);
+        let mixed = self.mixer.forward(c, n, ops, normed);
+        let x = ops.add(x, mixed);
         let normed = ops.rms_norm(&x, &self.mlp_norm, c.rms_norm_eps);
-        let [gate, up] = project(c, ops, &normed, [&self.gate, &self.up]);
-        ops.release(normed);
-        let gated = ops.gate(gate, up, c.activation);
-        let gated = norm(c, ops, gated, self.ffn_sub_norm.as_ref());
-        let [mlp] = project(c, ops, &gated, [&self.down]);
-        ops.release(gated);
+        let mlp = self.mlp.forward(c, ops, normed);
         ops.add(x, mlp)
     }
 }
