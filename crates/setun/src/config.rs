@@ -3,6 +3,7 @@
 //! Invariants are checked once, in [`ModelConfig::check`], which every constructor ends with; later code relies on
 //! them. A missing key is an error that names it, except where a family fixes the value (one table, `Family`).
 
+mod contradictions;
 mod gguf;
 mod huggingface;
 mod known;

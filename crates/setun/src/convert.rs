@@ -123,7 +123,9 @@ pub fn convert(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<ConvertReport, ModelError> {
     let config = ModelConfig::of(file)?;
-    Weights::new(file, &config).check_all_used()?;
+    let weights = Weights::new(file, &config);
+    weights.check_all_used()?;
+    weights.check_scale_convention()?;
     let planned = plan::tensors(file, &config)?;
     check_types(&config, &planned, options)?;
     let job = Job { file, config: &config, planned: &planned, options };

@@ -58,6 +58,7 @@ impl Engine {
         let pool = Pool::new(options.threads.unwrap_or_else(physical_cores_allowed));
         let weights = Weights::new(file, &config);
         weights.check_all_used()?;
+        weights.check_scale_convention()?;
         let activations = options.activations.unwrap_or(config.activations());
         let mut source = CpuSource::new(weights, kernels, &pool, activations);
         let model = Model::build(config.clone(), &mut source)?;

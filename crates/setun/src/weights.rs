@@ -194,10 +194,11 @@ impl<'a> Weights<'a> {
     pub fn check_all_used(&self) -> Result<(), ModelError> {
         const PARTS: [&str; 7] =
             ["blk.", "model.", "token_embd", "output", "rope_", "lm_head", "transformer."];
+        if self.config.tied && self.file.info("lm_head.weight").is_some() {
+            self.check_tied_copy()?;
+        }
         // Derived from the configuration by every reader, or a copy of the embedding.
-        let harmless = |name: &str| {
-            name.ends_with(".rotary_emb.inv_freq") || self.config.tied && name == "lm_head.weight"
-        };
+        let harmless = |name: &str| name.ends_with(".rotary_emb.inv_freq") || name == "lm_head.weight";
         let unused = self.unused()?;
         let missed: Vec<&str> = unused
             .into_iter()
@@ -214,6 +215,50 @@ impl<'a> Weights<'a> {
             self.config.num_layers
         );
         Err(ModelError::unsupported(self.file.path(), what))
+    }
+
+    fn check_tied_copy(&self) -> Result<(), ModelError> {
+        let (head, embedding) =
+            (self.file.tensor("lm_head.weight")?, self.file.tensor("model.embed_tokens.weight")?);
+        if head.info.encoding == embedding.info.encoding && head.data == embedding.data {
+            return Ok(());
+        }
+        let what = "differs from the embedding, but the configuration says that the two are one \
+                    (`tie_word_embeddings`): set it to false if this head belongs to the model, else remove the tensor";
+        Err(ModelError::tensor("lm_head.weight", what))
+    }
+
+    /// Refuses packed scales that make sense only under the other convention: a language model's weights are well below 1,
+    /// so scales of 30 that would multiply were made to divide, and the reverse. Decided over all of them, in the middle.
+    ///
+    /// # Errors
+    /// When the scales contradict `quantization_config.linear_class`.
+    pub fn check_scale_convention(&self) -> Result<(), ModelError> {
+        const LARGEST: f32 = 8.0;
+        let (declared, other, convention) = match &self.config.numerics {
+            Numerics::Ternary(t) if t.storage == Storage::Divide => {
+                ("bitlinear", "autobitlinear", ScaleConvention::Divide)
+            }
+            Numerics::Ternary(t) if t.storage == Storage::Multiply => {
+                ("autobitlinear", "bitlinear", ScaleConvention::Multiply)
+            }
+            _ => return Ok(()),
+        };
+        let names =
+            self.file.tensors().map(|t| t.name.as_str()).filter(|name| name.ends_with(".weight_scale"));
+        let mut scales = names
+            .map(|name| scale_value(&self.file.tensor(name)?, convention))
+            .collect::<Result<Vec<f32>, ModelError>>()?;
+        scales.sort_by(f32::total_cmp);
+        let Some(&middle) = scales.get(scales.len() / 2).filter(|&&scale| scale > LARGEST) else {
+            return Ok(());
+        };
+        let found = format!("{declared}, by which weights are 0 or ± {middle}");
+        let expected = format!(
+            "`{other}`, by which they are 0 or ± {}: no language model has weights above {LARGEST}, so correct config.json",
+            1.0 / middle
+        );
+        Err(ModelError::ConfigValue { field: "quantization_config.linear_class".into(), found, expected })
     }
 
     /// The name under which the file holds what the model calls `name`.

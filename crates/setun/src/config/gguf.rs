@@ -7,7 +7,8 @@ use setun_kernels::matrix::Scales;
 
 use super::rope::{Rope, RopeScaling, yarn_attention};
 use super::{
-    Activation, ActivationType, Family, ModelConfig, Numerics, Rotation, Storage, Ternary, known, value_error,
+    Activation, ActivationType, Family, ModelConfig, Numerics, Rotation, Storage, Ternary, contradictions,
+    known, value_error,
 };
 use crate::error::ModelError;
 use crate::format::gguf::{Array, Metadata, Value, required};
@@ -61,6 +62,7 @@ impl ModelConfig {
             let expected = format!("{head_dim}, as attention.key_length is");
             return Err(value_error(&keys.name("attention.value_length"), value_dim, expected));
         }
+        contradictions::in_gguf(meta, arch)?;
         refuse_unknown_numerics(&keys, head_dim)?;
         let has = |name: &str| file.info(name).is_some();
         let max_positions = keys.need_size("context_length")?;

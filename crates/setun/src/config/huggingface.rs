@@ -7,8 +7,8 @@ use serde_json::{Map, Value, json};
 
 use super::rope::{Rope, RopeScaling, yarn_attention};
 use super::{
-    Activation, ActivationType, Exceptions, Family, ModelConfig, Numerics, Storage, Ternary, known,
-    value_error,
+    Activation, ActivationType, Exceptions, Family, ModelConfig, Numerics, Storage, Ternary, contradictions,
+    known, value_error,
 };
 use crate::error::ModelError;
 use raw::{RawConfig, RawRope};
@@ -70,6 +70,7 @@ impl ModelConfig {
     pub fn from_json(json: &Value) -> Result<Self, ModelError> {
         let raw = RawConfig::deserialize(json).map_err(|e| wrong_type(json, &e))?;
         let family = family(&raw)?;
+        contradictions::in_json(json)?;
         let defaults = family.defaults();
         let activation = match raw.hidden_act.as_deref() {
             Some("silu" | "swish") => Activation::Silu,

@@ -79,7 +79,7 @@ pub(crate) fn encoding(id: u32) -> Encoding {
     }
     let known = NOT_READ.iter().find(|k| k.0 == id).map(|k| k.1);
     let named = known.or_else(|| NAMED.iter().find(|n| n.0 == id).map(|n| n.1));
-    Encoding::Other(named.map_or_else(|| format!("unknown type {id}"), str::to_owned))
+    Encoding::Other(named.map_or_else(|| format!("number {id}"), str::to_owned))
 }
 
 /// The id under which an encoding is written, if GGUF has one. I2_S is written in its published layout only,
