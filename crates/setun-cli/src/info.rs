@@ -222,10 +222,12 @@ impl Facts<'_> {
         if let Some(c) = &self.config {
             line("family", family(c.family).to_owned())?;
             let (all, ternary) = (c.parameters(), c.block_weights());
-            line(
-                "parameters",
-                format!("{} ({} in linear layers of the blocks)", output::count(all), output::count(ternary)),
-            )?;
+            let active = match c.experts {
+                Some(_) => format!(", {} of them used for a token", output::count(c.active_parameters())),
+                None => String::new(),
+            };
+            let (all, ternary) = (output::count(all), output::count(ternary));
+            line("parameters", format!("{all} ({ternary} in linear layers of the blocks){active}"))?;
             line("shape", shape(c))?;
             line("features", features(c))?;
             line("position", rope(c))?;
@@ -319,6 +321,7 @@ fn family(family: Family) -> &'static str {
         Family::Mistral => "Mistral",
         Family::Qwen2 => "Qwen2",
         Family::Qwen3 => "Qwen3",
+        Family::Qwen3Moe => "Qwen3-MoE",
         Family::BitNet => "BitNet b1.58 (SubLN, squared ReLU)",
         Family::BitNetSilu => "BitNet b1.58 (SubLN, SiLU)",
     }
@@ -331,6 +334,7 @@ fn family_key(family: Family) -> &'static str {
         Family::Mistral => "mistral",
         Family::Qwen2 => "qwen2",
         Family::Qwen3 => "qwen3",
+        Family::Qwen3Moe => "qwen3-moe",
         Family::BitNet => "bitnet",
         Family::BitNetSilu => "bitnet-silu",
     }
@@ -372,6 +376,14 @@ fn features(c: &ModelConfig) -> String {
         if on {
             all.push(what.to_owned());
         }
+    }
+    if let Some(experts) = &c.experts {
+        let dense = match &experts.dense_layers[..] {
+            [] => String::new(),
+            list => format!(" in {} of {} layers", c.num_layers - list.len(), c.num_layers),
+        };
+        let (used, count, width) = (experts.used, experts.count, experts.intermediate_size);
+        all.push(format!("{used} of {count} experts of width {width} for a token{dense}"));
     }
     if let Some(rotation) = &c.rotation {
         let (folded, block) = (rotation.folded(), rotation.block());
@@ -422,7 +434,12 @@ fn config_json(c: &ModelConfig) -> Value {
     json!({
         "family": family_key(c.family),
         "parameters": c.parameters(),
+        "active_parameters": c.active_parameters(),
         "block_weights": c.block_weights(),
+        "experts": c.experts.as_ref().map(|e| json!({
+            "count": e.count, "used": e.used, "intermediate_size": e.intermediate_size, "normalised": e.normalised,
+            "dense_layers": e.dense_layers,
+        })),
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,
         "intermediate_size": c.intermediate_size,

@@ -117,7 +117,7 @@ pub type TrainModel = Model<ParamId, ParamId>;
 /// with depth (GPT-2, Radford et al., 2019, section 2.3). The values depend on `seed` and the tensor's name alone.
 ///
 /// # Errors
-/// None but those of [`Model::build`].
+/// As [`load`].
 pub fn initialise(config: ModelConfig, seed: u64) -> Result<(TrainModel, Params), ModelError> {
     let residual = 1.0 / ((2 * config.num_layers) as f64).sqrt();
     load(config, |name, rows, cols, kind| {
@@ -136,11 +136,19 @@ pub fn initialise(config: ModelConfig, seed: u64) -> Result<(TrainModel, Params)
 /// A model whose tensors come from `tensor(name, rows, cols, kind)`: a checkpoint, a file to fine-tune.
 ///
 /// # Errors
-/// The first that `tensor` returns, or a value of another length than `rows * cols`.
+/// The first that `tensor` returns, a value of another length than `rows * cols`, and [`ModelError::ConfigValue`] for models
+/// with experts, which are run but not trained.
 pub fn load<F>(config: ModelConfig, tensor: F) -> Result<(TrainModel, Params), ModelError>
 where
     F: FnMut(&str, usize, usize, Kind) -> Result<Vec<f32>, ModelError>,
 {
+    if let Some(experts) = &config.experts {
+        return Err(ModelError::ConfigValue {
+            field: "num_experts".into(),
+            found: experts.count.to_string(),
+            expected: "absent: mixtures of experts are run, but this version cannot train them".into(),
+        });
+    }
     let mut source = From { params: Params::default(), tensor };
     let model = Model::build(config, &mut source)?;
     Ok((model, source.params))

@@ -19,7 +19,7 @@ mod norm;
 use std::sync::Arc;
 
 use setun::config::{Activation, RopeTable};
-use setun::ops::{Attention, Direction, Linear, Ops, Rotate};
+use setun::ops::{Attention, Direction, Linear, Ops, Rotate, Routing};
 
 use crate::engine::{CHUNK, Engine, Floats, add_assign};
 use crate::params::{ParamId, Params};
@@ -242,6 +242,16 @@ impl<'a> Ops for Tape<'a> {
 
     fn gate(&mut self, gate: Var, up: Var, activation: Activation) -> Var {
         self.gate_rows(gate, up, activation)
+    }
+
+    fn mixture(
+        &mut self,
+        _: Var,
+        _: Var,
+        _: Routing,
+        _: impl FnMut(&mut Self, usize, Var) -> Var,
+    ) -> Var {
+        unreachable!("`params::load` refuses models with experts")
     }
 
     fn add(&mut self, x: Var, y: Var) -> Var {

@@ -4,12 +4,14 @@
 //! them. A missing key is an error that names it, except where a family fixes the value (one table, `Family`).
 
 mod contradictions;
+mod experts;
 mod gguf;
 mod huggingface;
 mod known;
 mod rope;
 mod rotation;
 
+pub use experts::Experts;
 pub use rope::{Rope, RopeScaling, RopeTable};
 pub use rotation::Rotation;
 
@@ -39,6 +41,8 @@ pub enum Family {
     /// Llama with a norm on every query and key head, and heads of a width of their own. Ternary-Bonsai 1.7B to 8B and CAT-Q's
     /// Qwen3 are of this family.
     Qwen3,
+    /// Qwen3 with mixtures of experts for feed-forward layers. CAT-Q's Qwen3-30B-A3B and 235B-A22B are of this family.
+    Qwen3Moe,
     /// `BitNetForCausalLM` (2B-4T): SubLN, squared ReLU.
     BitNet,
     /// The first BitNet b1.58 models (1bitLLM) and their kin: SubLN, SiLU.
@@ -193,6 +197,8 @@ pub struct ModelConfig {
     pub output_bias: bool,
     /// Biases on gate, up and down.
     pub mlp_bias: bool,
+    /// Expert layers, where there are any; [`ModelConfig::experts_in`] says where.
+    pub experts: Option<Experts>,
     /// How linear layers are computed.
     pub numerics: Numerics,
     /// The rotated basis that weights are stored in, where they are.
@@ -263,6 +269,7 @@ impl ModelConfig {
             qkv_bias: false,
             output_bias: false,
             mlp_bias: false,
+            experts: None,
             numerics: match ternary {
                 true => Numerics::Ternary(Ternary::bitnet(Storage::Masters, None)),
                 false => Numerics::Float,
@@ -350,9 +357,10 @@ impl ModelConfig {
         }
     }
 
-    /// Whether the linear layer `module` (`model.layers.0.mlp.up_proj`, `lm_head`) is ternary.
+    /// Whether the linear layer `module` (`model.layers.0.mlp.up_proj`, `lm_head`) is ternary. Routers of experts never are.
     pub fn is_ternary(&self, module: &str) -> bool {
         match &self.numerics {
+            _ if module.ends_with(".mlp.gate") => false,
             Numerics::Float => false,
             Numerics::Ternary(Ternary { exceptions: None, .. }) => module != "lm_head",
             Numerics::Ternary(Ternary { exceptions: Some(listed), .. }) => !listed.contains(module),
@@ -361,17 +369,20 @@ impl ModelConfig {
 
     /// Whether any linear layer is ternary: a BitNet-shaped float model excepts every one of them.
     pub fn has_ternary_layers(&self) -> bool {
-        const BLOCK: [&str; 7] = [
-            "self_attn.q_proj",
-            "self_attn.k_proj",
-            "self_attn.v_proj",
-            "self_attn.o_proj",
-            "mlp.gate_proj",
-            "mlp.up_proj",
-            "mlp.down_proj",
-        ];
-        (0..self.num_layers)
-            .any(|n| BLOCK.iter().any(|part| self.is_ternary(&format!("model.layers.{n}.{part}"))))
+        const ATTENTION: [&str; 4] = ["q_proj", "k_proj", "v_proj", "o_proj"];
+        const FEED_FORWARD: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
+        (0..self.num_layers).any(|n| {
+            let any = |of: &str, parts: &[&str]| {
+                parts.iter().any(|part| self.is_ternary(&format!("model.layers.{n}.{of}.{part}")))
+            };
+            any("self_attn", &ATTENTION)
+                || match self.experts_in(n) {
+                    None => any("mlp", &FEED_FORWARD),
+                    Some(experts) => {
+                        (0..experts.count).any(|e| any(&format!("mlp.experts.{e}"), &FEED_FORWARD))
+                    }
+                }
+        })
     }
 
     /// Attention as layer `layer` does it.
@@ -388,20 +399,31 @@ impl ModelConfig {
 
     /// Parameters, embeddings counted once when tied; biases and norms included.
     pub fn parameters(&self) -> usize {
+        self.parameters_with(self.feed_forward_widths(false))
+    }
+
+    /// Parameters that one token's pass uses: as [`ModelConfig::parameters`], with the experts that it goes through.
+    pub fn active_parameters(&self) -> usize {
+        self.parameters_with(self.feed_forward_widths(true))
+    }
+
+    /// `widths`: of the feed-forward layers of all blocks.
+    fn parameters_with(&self, widths: usize) -> usize {
         let (h, f) = (self.hidden_size, self.intermediate_size);
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let biases = [(self.qkv_bias, q + 2 * kv), (self.output_bias, h), (self.mlp_bias, 2 * f + h)];
         let biases: usize = biases.iter().map(|&(on, n)| if on { n } else { 0 }).sum();
         let norms =
             2 * h + if self.sub_norms { q + f } else { 0 } + if self.qk_norm { 2 * self.head_dim } else { 0 };
-        let layer = h * (q + 2 * kv) + q * h + 3 * h * f + norms + biases;
-        self.vocab_size * h * (2 - usize::from(self.tied)) + self.num_layers * layer + h
+        let layer = h * (q + 2 * kv) + q * h + norms + biases;
+        let feed_forward = 3 * h * widths + self.router_weights();
+        self.vocab_size * h * (2 - usize::from(self.tied)) + self.num_layers * layer + feed_forward + h
     }
 
-    /// Weights of the linear layers inside the blocks: what a ternary model stores in trits.
+    /// Weights of the linear layers inside the blocks: what a ternary model stores in trits. Routers are left out.
     pub fn block_weights(&self) -> usize {
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        self.num_layers * self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
+        self.hidden_size * (self.num_layers * (2 * q + 2 * kv) + 3 * self.feed_forward_widths(false))
     }
 
     /// The last step of every constructor: what later code relies on.
@@ -450,6 +472,9 @@ impl ModelConfig {
                 id,
                 format!("below vocab_size = {}", self.vocab_size),
             ));
+        }
+        if let Some(experts) = &self.experts {
+            experts.check(&self)?;
         }
         self.rope.check(self.head_dim)?;
         Ok(self)

@@ -25,7 +25,7 @@ use crate::format::{Checkpoint, Encoding, SafetensorsWriter, ScaleConvention, Te
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 use encode::Encoder;
-use plan::{Item, Part, Planned};
+use plan::{Item, Planned};
 use staging::Staging;
 pub use verify::Verified;
 
@@ -218,6 +218,10 @@ impl<'a> Job<'a> {
 
     /// The type of a matrix of floats, or of ternary weights that are written as floats.
     fn float_type(&self, planned: &Planned) -> Encoding {
+        if planned.is_router() {
+            // As every GGUF program writes it.
+            return if self.options.target == Target::Gguf { Encoding::F32 } else { planned.own_float() };
+        }
         let asked = match planned.is_block_linear() {
             true => self.options.linear_type.as_ref().filter(|t| !t.is_ternary()),
             false => self.options.embedding_type.as_ref(),
@@ -265,10 +269,7 @@ fn write(
     let by_name: BTreeMap<&str, &Item> = items.iter().map(|i| (i.spec.name.as_str(), i)).collect();
     while let Some(item) = writer.pending().map(|spec| by_name[spec.name.as_str()]) {
         writer.tensor(&encoder.encode(item)?)?;
-        let bytes = match item.part {
-            Part::Tensor(index) => job.planned[index].bytes,
-            Part::Scale(_) | Part::Given(_) => 0,
-        };
+        let bytes: usize = item.part.planned().iter().map(|&index| job.planned[index].bytes).sum();
         done(&item.spec.name, bytes as u64);
     }
     writer.finish()
@@ -340,6 +341,7 @@ fn difference(job: &Job, found: &ModelConfig) -> Option<&'static str> {
         return Some(field);
     }
     let checks = [
+        ("num_experts", expected.experts == found.experts),
         ("rms_norm_eps", expected.rms_norm_eps == found.rms_norm_eps),
         ("hidden_act", expected.activation == found.activation),
         ("quantization_config.rms_norm_eps", expected.inner_norm_eps == found.inner_norm_eps),

@@ -12,7 +12,7 @@ use crate::config::{Activation, ActivationType, ModelConfig, RopeTable};
 use crate::error::ModelError;
 use crate::kv_cache::KvCache;
 use crate::model::{Role, Source};
-use crate::ops::{Attention, Direction, Linear, Ops, Rotate, Tap};
+use crate::ops::{Attention, Direction, Linear, Ops, Rotate, Routing, Tap};
 use crate::weights::{Weight, Weights};
 
 /// A matrix ready to multiply.
@@ -313,6 +313,58 @@ impl Ops for CpuOps<'_, '_> {
         });
         self.release(gate);
         self.release(up);
+        out
+    }
+
+    fn mixture(
+        &mut self,
+        x: Buf,
+        mut scores: Buf,
+        routing: Routing,
+        mut expert: impl FnMut(&mut Self, usize, Buf) -> Buf,
+    ) -> Buf {
+        let (kernels, width, experts, tokens) = (self.kernels, x.width, scores.width, self.rows(&x));
+        let used = routing.used.min(experts);
+        // For each expert its rows of the batch, with their weights; for each row the places of its results, by rising expert.
+        let mut rows: Vec<Vec<(usize, f32)>> = vec![Vec::new(); experts];
+        let mut picked = Vec::with_capacity(tokens * used);
+        for (t, scores) in scores.data.chunks_mut(experts.max(1)).enumerate() {
+            for (e, weight) in routing.pick(kernels, scores) {
+                picked.push((e, rows[e].len()));
+                rows[e].push((t, weight));
+            }
+        }
+        self.release(scores);
+        // One buffer for the results of all experts, one expert after another.
+        let mut results = self.work.buf(picked.len(), width);
+        let mut firsts = Vec::with_capacity(experts);
+        let mut first = 0;
+        for (e, rows) in rows.iter().enumerate() {
+            firsts.push(first);
+            if rows.is_empty() {
+                continue;
+            }
+            let mut input = self.work.buf(rows.len(), width);
+            self.by_rows(&mut input.data, width, |i, row| {
+                row.copy_from_slice(&x.data[rows[i].0 * width..][..width]);
+            });
+            let result = expert(self, e, input);
+            let place = &mut results.data[first * width..][..rows.len() * width];
+            self.by_rows(place, width, |i, row| {
+                row.copy_from_slice(&result.data[i * width..][..width]);
+                kernels.scale_assign(row, rows[i].1);
+            });
+            self.release(result);
+            first += rows.len();
+        }
+        let mut out = x;
+        self.by_rows(&mut out.data, width, |t, row| {
+            row.fill(0.0);
+            for &(e, i) in &picked[t * used..][..used] {
+                kernels.add_assign(row, &results.data[(firsts[e] + i) * width..][..width]);
+            }
+        });
+        self.release(results);
         out
     }
 

@@ -10,7 +10,7 @@ use crate::cpu::{CpuMatrix, CpuOps, CpuSource, Part, Workspace};
 use crate::error::ModelError;
 use crate::format::Checkpoint;
 use crate::kv_cache::{KvCache, KvType};
-use crate::model::{Layer, Model};
+use crate::model::{FeedForward, Layer, Model};
 use crate::ops::{Linear, Tap};
 use crate::weights::Weights;
 
@@ -93,12 +93,27 @@ impl Engine {
         &self.pool
     }
 
-    /// Bytes of weights that decoding one token reads: every matrix once, one row of an embedding that is not the head.
+    /// Bytes of weights that decoding one token reads: every matrix once, of experts the ones that a token goes through, one row
+    /// of an embedding that is not the head.
     pub fn bytes_per_token(&self) -> usize {
+        self.bytes_per_pass(1)
+    }
+
+    /// Bytes of weights that a pass over `tokens` tokens reads at most: if they need as many different experts as they can.
+    pub fn bytes_per_pass(&self, tokens: usize) -> usize {
         let model = &self.model;
         let linear =
             |l: &Linear<CpuMatrix, Vec<f32>>| l.matrix.bytes() + l.bias.as_ref().map_or(0, |b| 4 * b.len());
-        let layers = model.layers.iter().flat_map(Layer::linears).map(linear);
+        let idle = |layer: &Layer<_, _>| match &layer.mlp {
+            FeedForward::Gated(_) => 0,
+            FeedForward::Experts(layer) => {
+                let count = layer.experts.len();
+                let used = layer.routing.used.saturating_mul(tokens).min(count);
+                layer.total(linear) / count.max(1) * (count - used)
+            }
+        };
+        let layers =
+            model.layers.iter().map(|layer| layer.linears().map(linear).sum::<usize>() - idle(layer));
         layers.sum::<usize>() + linear(model.head.as_ref().unwrap_or(&model.embed))
     }
 

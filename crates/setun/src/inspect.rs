@@ -119,7 +119,8 @@ impl Source for Reader<'_> {
             "lm_head.weight" => Part::Head,
             _ => Part::Blocks,
         };
-        let mut bytes = self.take(&stored, part);
+        self.take(&stored, part);
+        let mut bytes = self.weights.stored_bytes(name);
         for scale in [format!("{name}_scale"), format!("{}.scale", stored.trim_end_matches(".weight"))] {
             bytes += self.take(&scale, part);
         }
@@ -136,7 +137,9 @@ impl Source for Reader<'_> {
                     matrix.row_f32(r, &mut row);
                     row.iter().any(|v| !v.is_finite())
                 });
-                self.found.not_finite.extend(bad.then_some(stored));
+                // Experts may share a tensor.
+                let new = bad && self.found.not_finite.last() != Some(&stored);
+                self.found.not_finite.extend(new.then_some(stored));
                 return Ok(());
             }
         };

@@ -5,6 +5,7 @@
 //! matrix and a vector as an executor holds them (see [`crate::ops`]).
 
 mod attention;
+mod experts;
 mod feed_forward;
 
 use crate::config::ModelConfig;
@@ -12,7 +13,8 @@ use crate::error::ModelError;
 use crate::ops::{Direction, Linear, Ops, Tap};
 
 pub use attention::Attention;
-pub use feed_forward::FeedForward;
+pub use experts::Experts;
+pub use feed_forward::{FeedForward, Gated};
 
 /// What a matrix is for, which decides how it is stored and multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,7 +146,7 @@ impl<M, V> Layer<M, V> {
             mixer_norm: source.vector(&format!("{layer}.input_layernorm.weight"), c.hidden_size)?,
             mixer: Attention::build(c, &layer, source)?,
             mlp_norm: source.vector(&format!("{layer}.post_attention_layernorm.weight"), c.hidden_size)?,
-            mlp: FeedForward::build(c, &layer, source)?,
+            mlp: FeedForward::build(c, n, &layer, source)?,
         })
     }
 

@@ -101,6 +101,39 @@ pub struct Attention {
     pub window: Option<usize>,
 }
 
+/// How a router's scores pick the experts of a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Routing {
+    /// How many.
+    pub used: usize,
+    /// Whether their weights are divided by their sum.
+    pub normalised: bool,
+}
+
+impl Routing {
+    /// The experts of one token with their weights, in rising order of experts. `scores` become their softmax.
+    ///
+    /// Weights are the softmax over all experts; those of the [`used`](Self::used) largest stay, of equal ones those of the lower
+    /// experts, and the sum for normalising runs from the largest down: `Qwen3MoeTopKRouter` of `transformers`, which leaves
+    /// the order among equals open. Every step has the same bits on all machines and for every batch.
+    pub fn pick(self, kernels: &Kernels, scores: &mut [f32]) -> Vec<(usize, f32)> {
+        kernels.softmax_in_place(scores);
+        let mut picked: Vec<(usize, f32)> = scores.iter().copied().enumerate().collect();
+        let falling = |a: &(usize, f32), b: &(usize, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        if self.used < picked.len() {
+            picked.select_nth_unstable_by(self.used, falling);
+            picked.truncate(self.used);
+        }
+        picked.sort_unstable_by(falling);
+        if self.normalised {
+            let sum: f32 = picked.iter().map(|(_, weight)| weight).sum();
+            picked.iter_mut().for_each(|(_, weight)| *weight /= sum);
+        }
+        picked.sort_unstable_by_key(|&(expert, _)| expert);
+        picked
+    }
+}
+
 /// The operations of one executor.
 pub trait Ops {
     /// Activations of the batch: f32 `[tokens, width]`.
@@ -136,6 +169,19 @@ pub trait Ops {
     /// `activation(gate) * up`.
     fn gate(&mut self, gate: Self::Buf, up: Self::Buf, activation: Activation) -> Self::Buf;
 
+    /// A mixture of experts: every row of `x` goes through the experts that [`Routing::pick`] gives for its row of `scores`
+    /// `[tokens, experts]`, and the results, times their weights, are added up in rising order of experts.
+    ///
+    /// `expert(ops, e, rows)` is expert `e` on some rows, in the order of the batch. It is called once for each expert that a
+    /// row needs, so that a batch reads the weights of an expert once; what a row gets does not depend on its company.
+    fn mixture(
+        &mut self,
+        x: Self::Buf,
+        scores: Self::Buf,
+        routing: Routing,
+        expert: impl FnMut(&mut Self, usize, Self::Buf) -> Self::Buf,
+    ) -> Self::Buf;
+
     /// `x + y`: the residual stream.
     fn add(&mut self, x: Self::Buf, y: Self::Buf) -> Self::Buf;
 
@@ -164,6 +210,38 @@ impl std::fmt::Display for Tap {
             Tap::Embed => f.write_str("embed"),
             Tap::Layer(n) => write!(f, "layer{n}"),
             Tap::FinalNorm => f.write_str("final_norm"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_scores_pick_the_lower_experts_and_weights_follow_the_softmax() {
+        let pick = |used, normalised, scores: &[f32]| {
+            Routing { used, normalised }.pick(Kernels::best(), &mut scores.to_vec())
+        };
+        let experts = |picked: Vec<(usize, f32)>| picked.into_iter().map(|(e, _)| e).collect::<Vec<_>>();
+        assert_eq!(experts(pick(2, true, &[1.0; 5])), [0, 1]);
+        assert_eq!(experts(pick(3, false, &[0.0, 2.0, 1.0, 2.0, 1.0])), [1, 2, 3]);
+        assert_eq!(experts(pick(3, false, &[3.0, 2.0, 1.0])), [0, 1, 2]);
+        // Softmax of 0, ln 2, ln 5 is 1/8, 2/8, 5/8.
+        let scores = [0.0, 2f32.ln(), 5f32.ln()];
+        let near = |found: Vec<(usize, f32)>, expected: [f32; 2]| {
+            assert_eq!(experts(found.clone()), [1, 2]);
+            assert!(found.iter().zip(expected).all(|((_, w), e)| (w - e).abs() < 1e-6), "{found:?}");
+        };
+        near(pick(2, false, &scores), [0.25, 0.625]);
+        near(pick(2, true, &scores), [2.0 / 7.0, 5.0 / 7.0]);
+    }
+
+    #[test]
+    fn scores_that_are_not_numbers_still_pick_as_many_experts_as_asked() {
+        for scores in [[f32::NAN; 4], [f32::INFINITY; 4], [0.0, f32::NAN, 1.0, f32::NEG_INFINITY]] {
+            let picked = Routing { used: 2, normalised: true }.pick(Kernels::best(), &mut scores.clone());
+            assert!(picked.len() == 2 && picked[0].0 < picked[1].0, "{picked:?}");
         }
     }
 }

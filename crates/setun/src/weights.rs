@@ -3,6 +3,8 @@
 //! Here GGUF's names and row order, aliases of sub-norm names and the two scale conventions end: everything after this module
 //! sees a [`TernaryMatrix`], a [`DenseMatrix`] or a plain vector in the order that half-split RoPE expects.
 
+pub(crate) mod experts;
+
 use std::collections::HashSet;
 
 use setun_kernels::dense::{DenseData, DenseMatrix};
@@ -46,14 +48,15 @@ impl<'a> Weights<'a> {
     /// # Errors
     /// When it is absent, has another shape, or its values do not suit `role`.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize, role: Role) -> Result<Weight, ModelError> {
-        let stored = self.stored_name(name);
-        let tensor = self.file.tensor(&stored)?;
+        let whole = self.file.tensor(&self.stored_name(name))?;
+        let expert = self.expert(&whole, name, rows, cols, role)?;
+        let tensor = expert.as_ref().unwrap_or(&whole);
         let weight = match (role, &self.config.numerics) {
             (Role::Ternary, Numerics::Ternary(ternary)) => {
-                self.ternary(&tensor, name, rows, cols, ternary.storage)?
+                self.ternary(tensor, name, rows, cols, ternary.storage)?
             }
             _ => {
-                expect_shape(&tensor, &[rows, cols])?;
+                expect_shape(tensor, &[rows, cols])?;
                 if !tensor.info.encoding.is_ternary() {
                     Weight::Dense(tensor.to_dense()?)
                 } else if self.config.activations() == ActivationType::Float {
@@ -123,7 +126,7 @@ impl<'a> Weights<'a> {
             }
             Storage::SelfDescribed => {
                 expect_shape(tensor, &[rows, cols])?;
-                let extra = self.gguf_scale(tensor.name())?;
+                let extra = self.gguf_scale(&self.stored_name(name))?;
                 if tensor.info.encoding.is_ternary() {
                     let matrix = tensor.to_ternary()?;
                     return Ok(Weight::Ternary(rescale(matrix, extra, name)?));
@@ -272,7 +275,7 @@ impl<'a> Weights<'a> {
             .replace("mlp.ffn_sub_norm.", "mlp.ffn_layernorm.");
         match self.file.info(name).is_none() && self.file.info(&older).is_some() {
             true => older,
-            false => name.to_owned(),
+            false => self.fused_name(name).unwrap_or_else(|| name.to_owned()),
         }
     }
 
@@ -357,7 +360,7 @@ impl Source for Asked<'_> {
     }
 }
 
-/// GGUF's name of a tensor that Hugging Face calls `name`.
+/// GGUF's name of a tensor that Hugging Face calls `name`; that of the stack they are in for experts.
 pub(crate) fn gguf_name(name: &str) -> String {
     const WHOLE: &[(&str, &str)] =
         &[("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
@@ -371,6 +374,7 @@ pub(crate) fn gguf_name(name: &str) -> String {
         ("self_attn.k_norm", "attn_k_norm"),
         ("self_attn.attn_sub_norm", "attn_sub_norm"),
         ("post_attention_layernorm", "ffn_norm"),
+        ("mlp.gate", "ffn_gate_inp"),
         ("mlp.gate_proj", "ffn_gate"),
         ("mlp.up_proj", "ffn_up"),
         ("mlp.down_proj", "ffn_down"),
@@ -381,6 +385,10 @@ pub(crate) fn gguf_name(name: &str) -> String {
             rest.strip_prefix(from).filter(|tail| tail.starts_with('.')).map(|tail| format!("{to}{tail}"))
         })
     };
+    if let Some((layer, _, kind)) = experts::parse(name) {
+        let one = gguf_name(&format!("{layer}.mlp.{kind}.weight"));
+        return one.replace(".weight", "_exps.weight");
+    }
     let in_layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
     match in_layer {
         Some((n, rest)) => renamed(rest, IN_LAYER).map(|rest| format!("blk.{n}.{rest}")),
@@ -507,6 +515,9 @@ mod tests {
             ("lm_head.weight", "output.weight"),
             ("model.layers.11.self_attn.q_proj.bias", "blk.11.attn_q.bias"),
             ("model.layers.0.mlp.ffn_sub_norm.weight", "blk.0.ffn_sub_norm.weight"),
+            ("model.layers.7.mlp.gate.weight", "blk.7.ffn_gate_inp.weight"),
+            ("model.layers.7.mlp.experts.12.gate_proj.weight", "blk.7.ffn_gate_exps.weight"),
+            ("model.layers.7.mlp.experts.0.down_proj.weight", "blk.7.ffn_down_exps.weight"),
             ("model.layers.2.self_attn.k_norm.weight", "blk.2.attn_k_norm.weight"),
             ("model.layers.3.mlp.up_proj.rms_norm.weight", "blk.3.ffn_up.rms_norm.weight"),
         ] {

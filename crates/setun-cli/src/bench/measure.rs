@@ -99,9 +99,10 @@ fn prefill(engine: &Engine, plan: &Plan, tokens: usize) -> Result<Run, ModelErro
         Ok(started.elapsed().as_secs_f64())
     };
     let seconds = (0..plan.repeats).map(|_| time()).collect::<Result<_, ModelError>>()?;
-    // Every batch of the prompt reads all weights once.
+    // Every batch of the prompt reads all weights that it needs once.
     let passes = tokens.div_ceil(PREFILL_BATCH);
-    let bytes_per_token = (engine.bytes_per_token() * passes) as f64 / tokens as f64;
+    let pass = engine.bytes_per_pass(tokens.min(PREFILL_BATCH));
+    let bytes_per_token = (pass * passes) as f64 / tokens as f64;
     Ok(Run::new("prefill", tokens, engine, bytes_per_token, seconds))
 }
 
@@ -186,9 +187,6 @@ impl Work {
             ("self_attn.k_proj", c.hidden_size, kv),
             ("self_attn.v_proj", c.hidden_size, kv),
             ("self_attn.o_proj", q, c.hidden_size),
-            ("mlp.gate_proj", c.hidden_size, c.intermediate_size),
-            ("mlp.up_proj", c.hidden_size, c.intermediate_size),
-            ("mlp.down_proj", c.intermediate_size, c.hidden_size),
         ];
         let mut work = Self { int8_macs: 0.0, float_flops: 0.0 };
         let mut product = |name: &str, rows: usize, macs: f64| match c.is_ternary(name)
@@ -200,6 +198,17 @@ impl Work {
         for n in 0..c.num_layers {
             for (name, inputs, outputs) in matrices {
                 product(&format!("model.layers.{n}.{name}"), tokens, (inputs * outputs) as f64);
+            }
+            // One expert stands for all: the experts of a token are as wide together as their number says.
+            let (mlp, width) = match c.experts_in(n) {
+                None => (format!("model.layers.{n}.mlp"), c.intermediate_size),
+                Some(experts) => {
+                    product(&format!("model.layers.{n}.mlp.gate"), tokens, (c.hidden_size * experts.count) as f64);
+                    (format!("model.layers.{n}.mlp.experts.0"), experts.used * experts.intermediate_size)
+                }
+            };
+            for name in ["gate_proj", "up_proj", "down_proj"] {
+                product(&format!("{mlp}.{name}"), tokens, (c.hidden_size * width) as f64);
             }
         }
         product("lm_head", 1, (c.hidden_size * c.vocab_size) as f64);

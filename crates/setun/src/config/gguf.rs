@@ -7,8 +7,8 @@ use setun_kernels::matrix::Scales;
 
 use super::rope::{Rope, RopeScaling, yarn_attention};
 use super::{
-    Activation, ActivationType, Family, ModelConfig, Numerics, Rotation, Storage, Ternary, contradictions,
-    known, value_error,
+    Activation, ActivationType, Experts, Family, ModelConfig, Numerics, Rotation, Storage, Ternary,
+    contradictions, known, value_error,
 };
 use crate::error::ModelError;
 use crate::format::gguf::{Array, Metadata, Value, required};
@@ -20,6 +20,7 @@ const ARCHITECTURES: &[(&str, Family)] = &[
     ("llama", Family::Mistral),
     ("qwen2", Family::Qwen2),
     ("qwen3", Family::Qwen3),
+    ("qwen3moe", Family::Qwen3Moe),
     ("bitnet-b1.58", Family::BitNet),
     ("bitnet-25", Family::BitNet),
     ("bitnet", Family::BitNetSilu),
@@ -33,7 +34,7 @@ impl ModelConfig {
     pub fn from_gguf(file: &Checkpoint, meta: &Metadata) -> Result<Self, ModelError> {
         let arch = required("general.architecture", meta.str("general.architecture")?)?;
         let &(_, family) = ARCHITECTURES.iter().find(|(name, _)| *name == arch).ok_or_else(|| {
-            let expected = "one of `llama`, `qwen2`, `qwen3`, `bitnet`, `bitnet-25` and `bitnet-b1.58`, the ones this version runs";
+            let expected = "one of `llama`, `qwen2`, `qwen3`, `qwen3moe`, `bitnet`, `bitnet-25` and `bitnet-b1.58`, the ones this version runs";
             value_error("general.architecture", arch, expected.to_owned() + &known::in_gguf(arch))
         })?;
         let keys = Keys { meta, arch };
@@ -64,6 +65,10 @@ impl ModelConfig {
         }
         contradictions::in_gguf(meta, arch)?;
         refuse_unknown_numerics(&keys, head_dim)?;
+        let experts = match family {
+            Family::Qwen3Moe => Some(Experts::from_gguf(meta, arch)?),
+            _ => no_experts(&keys)?,
+        };
         let has = |name: &str| file.info(name).is_some();
         let max_positions = keys.need_size("context_length")?;
         let tokenizer_id = |key: &str| -> Result<Option<u32>, ModelError> {
@@ -102,10 +107,11 @@ impl ModelConfig {
                 true => Some(keys.float("attention.inner_norm_rms_epsilon")?.unwrap_or(1e-6)),
                 false => None,
             },
-            qk_norm: family == Family::Qwen3,
+            qk_norm: matches!(family, Family::Qwen3 | Family::Qwen3Moe),
             qkv_bias: has("blk.0.attn_q.bias"),
             output_bias: has("blk.0.attn_output.bias"),
             mlp_bias: has("blk.0.ffn_up.bias"),
+            experts,
             numerics: numerics(file, family, rotation.is_some()),
             rotation,
             bos: tokenizer_id("bos_token_id")?,
@@ -125,6 +131,7 @@ impl ModelConfig {
             (Family::BitNet | Family::BitNetSilu, Activation::Silu) => "bitnet",
             (Family::Qwen2, _) => "qwen2",
             (Family::Qwen3, _) => "qwen3",
+            (Family::Qwen3Moe, _) => "qwen3moe",
             (Family::Llama | Family::Mistral, _) => "llama",
         };
         if !self.sub_norms && self.activation != Activation::Silu {
@@ -134,7 +141,7 @@ impl ModelConfig {
                 format!("what GGUF `{arch}` fixes"),
             ));
         }
-        if self.qk_norm != (self.family == Family::Qwen3) {
+        if self.qk_norm != matches!(self.family, Family::Qwen3 | Family::Qwen3Moe) {
             return Err(value_error("q_norm", self.qk_norm, format!("what GGUF `{arch}` fixes")));
         }
         let window = self.windows[0];
@@ -162,6 +169,9 @@ impl ModelConfig {
         put("rope.dimension_count", size(self.rope.rotary_dim));
         if let Some(window) = window {
             put("attention.sliding_window", size(window));
+        }
+        for (key, value) in self.experts.as_ref().map(Experts::to_gguf).transpose()?.into_iter().flatten() {
+            put(key, value);
         }
         if let Some(eps) = self.inner_norm_eps {
             put("attention.inner_norm_rms_epsilon", Value::F32(eps));
@@ -285,13 +295,6 @@ fn refuse_unknown_numerics(keys: &Keys, head_dim: usize) -> Result<(), ModelErro
             return Err(value_error(&keys.name(key), found, expected));
         }
     }
-    if let Some(experts) = keys.size("expert_count")?.filter(|&n| n > 0) {
-        return Err(value_error(
-            &keys.name("expert_count"),
-            experts,
-            "absent or 0: mixtures of experts are not run",
-        ));
-    }
     if keys.meta.bool(&keys.name("attention.causal"))? == Some(false) {
         return Err(value_error(
             &keys.name("attention.causal"),
@@ -300,6 +303,17 @@ fn refuse_unknown_numerics(keys: &Keys, head_dim: usize) -> Result<(), ModelErro
         ));
     }
     Ok(())
+}
+
+/// Refuses experts in an architecture whose experts are not run.
+fn no_experts(keys: &Keys) -> Result<Option<Experts>, ModelError> {
+    match keys.size("expert_count")?.filter(|&n| n > 0) {
+        None => Ok(None),
+        Some(experts) => {
+            let expected = format!("absent or 0: mixtures of experts are run in `qwen3moe`, not in `{}`", keys.arch);
+            Err(value_error(&keys.name("expert_count"), experts, expected))
+        }
+    }
 }
 
 /// Types with a scale for 64 or 128 weights, which models are packed in whose weights alone were made ternary or binary
@@ -323,7 +337,8 @@ fn numerics(file: &Checkpoint, family: Family, rotated: bool) -> Numerics {
     let any_of = |names: &[&str]| types.iter().any(|t| names.iter().any(|name| t.name().starts_with(name)));
     let weights_alone = rotated
         || any_of(&WEIGHT_ONLY)
-        || !any_of(&BITNET) && (family == Family::Qwen3 || !bitnet && has_several_scales(file));
+        || !any_of(&BITNET)
+            && (matches!(family, Family::Qwen3 | Family::Qwen3Moe) || !bitnet && has_several_scales(file));
     let activations = match weights_alone && !bitnet {
         true => ActivationType::Float,
         false => ActivationType::Int8,

@@ -7,8 +7,8 @@ use serde_json::{Map, Value, json};
 
 use super::rope::{Rope, RopeScaling, yarn_attention};
 use super::{
-    Activation, ActivationType, Exceptions, Family, ModelConfig, Numerics, Storage, Ternary, contradictions,
-    known, value_error,
+    Activation, ActivationType, Exceptions, Experts, Family, ModelConfig, Numerics, Storage, Ternary,
+    contradictions, known, value_error,
 };
 use crate::error::ModelError;
 use raw::{RawConfig, RawRope};
@@ -50,6 +50,9 @@ impl Family {
                 sliding_window: Some(4096),
                 ..llama
             },
+            Family::Qwen3Moe => {
+                Defaults { max_positions: 32_768, kv_heads: Some(4), sliding_window: Some(4096), ..llama }
+            }
             Family::BitNet => {
                 Defaults { rope_theta: 500_000.0, activation: Activation::Relu2, kv_heads: Some(5), ..llama }
             }
@@ -117,10 +120,14 @@ impl ModelConfig {
                 .as_ref()
                 .filter(|q| q.use_rms_norm == Some(true))
                 .map(|q| q.rms_norm_eps.unwrap_or(1e-6) as f32),
-            qk_norm: family == Family::Qwen3,
+            qk_norm: matches!(family, Family::Qwen3 | Family::Qwen3Moe),
             qkv_bias: bias || family == Family::Qwen2,
             output_bias: bias && family != Family::Qwen2,
             mlp_bias: raw.mlp_bias.unwrap_or(false),
+            experts: match family {
+                Family::Qwen3Moe => Some(Experts::from_json(json, num_layers)?),
+                _ => None,
+            },
             numerics: numerics(&raw, family)?,
             // No safetensors checkpoint that is read declares one; see `ModelConfig::of`.
             rotation: None,
@@ -137,6 +144,7 @@ impl ModelConfig {
             Family::Mistral => ("mistral", "MistralForCausalLM"),
             Family::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
             Family::Qwen3 => ("qwen3", "Qwen3ForCausalLM"),
+            Family::Qwen3Moe => ("qwen3_moe", "Qwen3MoeForCausalLM"),
             Family::BitNet => ("bitnet", "BitNetForCausalLM"),
             Family::BitNetSilu => ("bitnet", "BitnetForCausalLM"),
         };
@@ -170,6 +178,9 @@ impl ModelConfig {
             map.insert("rope_scaling".into(), scaling);
         }
         self.windows_json(map);
+        if let Some(experts) = &self.experts {
+            experts.to_json(map);
+        }
         // Weight-only models have no such section: there is none that readers would not take for W1.58A8.
         if let Numerics::Ternary(ternary) = &self.numerics
             && ternary.activations == ActivationType::Int8
@@ -201,7 +212,7 @@ impl ModelConfig {
             return;
         };
         map.insert("sliding_window".into(), json!(window));
-        if matches!(self.family, Family::Qwen2 | Family::Qwen3) {
+        if matches!(self.family, Family::Qwen2 | Family::Qwen3 | Family::Qwen3Moe) {
             map.insert("use_sliding_window".into(), json!(true));
         }
         // Qwen2's class would leave its lower layers without one.
@@ -238,11 +249,12 @@ fn family(raw: &RawConfig) -> Result<Family, ModelError> {
         (Some("MistralForCausalLM"), _) | (None, Some("mistral")) => Family::Mistral,
         (Some("Qwen2ForCausalLM"), _) | (None, Some("qwen2")) => Family::Qwen2,
         (Some("Qwen3ForCausalLM"), _) | (None, Some("qwen3")) => Family::Qwen3,
+        (Some("Qwen3MoeForCausalLM"), _) | (None, Some("qwen3_moe")) => Family::Qwen3Moe,
         (None, None) => return Err(ModelError::ConfigMissing { field: "architectures".into() }),
         (class, model_type) => {
             let found = class.or(model_type).unwrap_or_default();
             let expected = "one of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, \
-                            BitNetForCausalLM and BitnetForCausalLM, the families this version runs";
+                            Qwen3MoeForCausalLM, BitNetForCausalLM and BitnetForCausalLM, the families this version runs";
             let expected = expected.to_owned() + &known::in_config(class, model_type);
             return Err(value_error("architectures", found, expected));
         }
@@ -310,6 +322,8 @@ fn windows(
     }
     Ok(match family {
         Family::Mistral => vec![given; layers],
+        // Its class knows no layers without one.
+        Family::Qwen3Moe if raw.use_sliding_window == Some(true) => vec![given; layers],
         Family::Qwen2 | Family::Qwen3 if raw.use_sliding_window == Some(true) => {
             let from = raw.max_window_layers.unwrap_or(28);
             (0..layers).map(|n| given.filter(|_| n >= from)).collect()

@@ -13,13 +13,6 @@ struct Known {
 
 const KNOWN: &[Known] = &[
     Known {
-        classes: &["Qwen3MoeForCausalLM"],
-        types: &["qwen3_moe"],
-        architectures: &["qwen3moe"],
-        name: "Qwen3-MoE",
-        missing: "expert layers and their router",
-    },
-    Known {
         classes: &["Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"],
         types: &["qwen3_next", "qwen3_5", "qwen3_5_text", "prism_hadamard_qwen35"],
         architectures: &["qwen35", "qwen3next"],
@@ -31,7 +24,7 @@ const KNOWN: &[Known] = &[
         types: &["qwen3_5_moe", "qwen3_5_moe_text"],
         architectures: &["qwen35moe"],
         name: "the Qwen3.5-MoE hybrid",
-        missing: "its linear-attention layers (gated DeltaNet), expert layers and their router",
+        missing: "its linear-attention layers (gated DeltaNet) and the expert that all tokens share",
     },
     Known {
         classes: &["Gemma3ForCausalLM", "Gemma3TextModel", "Gemma3ForConditionalGeneration"],
@@ -59,14 +52,14 @@ const KNOWN: &[Known] = &[
         types: &["maple"],
         architectures: &["maple"],
         name: "Maple",
-        missing: "expert layers and their router",
+        missing: "its clamped gates",
     },
     Known {
         classes: &["MixtralForCausalLM"],
         types: &["mixtral"],
         architectures: &[],
         name: "Mixtral",
-        missing: "expert layers and their router",
+        missing: "its own names of experts and routers",
     },
     Known {
         classes: &["BertModel", "BertForMaskedLM", "BertForSequenceClassification"],

@@ -42,27 +42,13 @@ impl<'a> Encoder<'a> {
         let bytes = match &item.part {
             Part::Given(values) => encode_floats(&spec.name, values, values.len(), &spec.encoding)?,
             Part::Scale(index) => self.packed(&job.planned[*index], &spec.encoding)?.1,
-            Part::Tensor(index) => {
-                let planned = &job.planned[*index];
-                match (planned.role, planned.ternary) {
-                    (None, _) => {
-                        let mut values = job.weights().vector(&planned.name, planned.shape[0])?;
-                        self.unscale_bias(&planned.name, &mut values)?;
-                        self.floats(planned, &values, values.len(), &spec.encoding)?
-                    }
-                    (Some(_), true) if spec.encoding == Encoding::U8 => {
-                        self.packed(planned, &Encoding::F32)?.0
-                    }
-                    (Some(role), true) => {
-                        self.ternary(&read_ternary(job, planned, role)?, planned, &spec.encoding)?
-                    }
-                    (Some(role), false) => {
-                        match job.weights().matrix(&planned.name, planned.shape[0], planned.shape[1], role)? {
-                            Weight::Dense(matrix) => self.dense(&matrix, planned, &spec.encoding)?,
-                            Weight::Ternary(_) => return Err(unexpected(planned)),
-                        }
-                    }
+            Part::Tensor(index) => self.tensor(&job.planned[*index], &spec.encoding)?,
+            Part::Stack(indices) => {
+                let mut bytes = Vec::with_capacity(spec.encoding.byte_len(&spec.shape).unwrap_or(0));
+                for &index in indices {
+                    bytes.extend(self.tensor(&job.planned[index], &spec.encoding)?);
                 }
+                bytes
             }
         };
         let tail = if spec.encoding == Encoding::I2S { 32 } else { 0 };
@@ -70,6 +56,26 @@ impl<'a> Encoder<'a> {
             Some(heads) => interleave(&bytes, spec.shape[0], heads, job.config.rope.rotary_dim, tail),
             None => bytes,
         })
+    }
+
+    /// The bytes of one planned tensor.
+    fn tensor(&mut self, planned: &Planned, to: &Encoding) -> Result<Vec<u8>, ModelError> {
+        let job = self.job;
+        match (planned.role, planned.ternary) {
+            (None, _) => {
+                let mut values = job.weights().vector(&planned.name, planned.shape[0])?;
+                self.unscale_bias(&planned.name, &mut values)?;
+                self.floats(planned, &values, values.len(), to)
+            }
+            (Some(_), true) if *to == Encoding::U8 => Ok(self.packed(planned, &Encoding::F32)?.0),
+            (Some(role), true) => self.ternary(&read_ternary(job, planned, role)?, planned, to),
+            (Some(role), false) => {
+                match job.weights().matrix(&planned.name, planned.shape[0], planned.shape[1], role)? {
+                    Weight::Dense(matrix) => self.dense(&matrix, planned, to),
+                    Weight::Ternary(_) => Err(unexpected(planned)),
+                }
+            }
+        }
     }
 
     fn scaling(&self) -> Scaling {

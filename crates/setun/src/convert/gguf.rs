@@ -1,5 +1,6 @@
 //! GGUF: names, row order, types and metadata, and the models that its keys cannot describe.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use super::Job;
@@ -10,7 +11,7 @@ use crate::format::gguf::{Array, Metadata, Value};
 use crate::format::{Encoding, TensorSpec};
 use crate::recommended::Recommended;
 use crate::tokenizer::Tokenizer;
-use crate::weights::gguf_name;
+use crate::weights::{experts, gguf_name};
 
 /// The header, the tensors in the order of the file, and whether there is a tokenizer.
 pub(super) fn prepare(
@@ -70,7 +71,8 @@ fn check(job: &Job) -> Result<(), ModelError> {
 }
 
 fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
-    let mut items = Vec::with_capacity(job.planned.len() + 1);
+    let mut items: Vec<Item> = Vec::with_capacity(job.planned.len() + 1);
+    let mut stacks: HashMap<String, usize> = HashMap::new();
     if let Some(divisors) = job.config.rope_divisors() {
         let name = "rope_freqs.weight".to_owned();
         let spec = TensorSpec { name, shape: vec![divisors.len()], encoding: Encoding::F32 };
@@ -96,6 +98,16 @@ fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
         if !cols.is_multiple_of(encoding.block_len()) {
             return Err(no_whole_blocks(planned, cols, &encoding));
         }
+        if experts::parse(&planned.name).is_some() {
+            match stacks.get(&gguf_name(&planned.name)) {
+                Some(&at) => add_expert(&mut items[at], index, planned, encoding)?,
+                None => {
+                    stacks.insert(gguf_name(&planned.name), items.len());
+                    items.push(first_expert(index, planned, encoding)?);
+                }
+            }
+            continue;
+        }
         let spec = TensorSpec { name: gguf_name(&planned.name), shape: planned.shape.clone(), encoding };
         let interleave = match job.config.gguf_interleaves_rotary_pairs() {
             true => heads(job.config, &planned.name),
@@ -103,13 +115,50 @@ fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
         };
         items.push(Item { spec, part: Part::Tensor(index), interleave });
     }
-    let copies = |i: &Item| matches!(i.part, Part::Tensor(n) if job.planned[n].ternary && !i.spec.encoding.is_ternary());
+    let copies = |i: &Item| {
+        !i.spec.encoding.is_ternary() && i.part.planned().first().is_some_and(|&n| job.planned[n].ternary)
+    };
     if !job.config.sub_norms && !job.is_weight_only() && items.iter().any(copies) {
         let note = "ternary layers are written as floats that readers of `llama` no longer take for ternary: their \
                     activations are not quantised any more";
         notes.push(note.into());
     }
     Ok(items)
+}
+
+/// The stack of which `planned` is the first matrix.
+fn first_expert(index: usize, planned: &Planned, encoding: Encoding) -> Result<Item, ModelError> {
+    if encoding == Encoding::I2S {
+        let why = "I2_S has one scale for a tensor, but a stack of experts has one for each: use --to hf, or, where activations \
+                   are float, tq1_0, tq2_0, q2_0, pq2_0 or ptq1_0";
+        let name = planned.name.clone();
+        return Err(ModelError::CannotEncode { name, encoding: encoding.to_string(), why: why.into() });
+    }
+    let shape = vec![1, planned.shape[0], planned.shape[1]];
+    let spec = TensorSpec { name: gguf_name(&planned.name), shape, encoding };
+    Ok(Item { spec, part: Part::Stack(vec![index]), interleave: None })
+}
+
+/// Adds the next expert. Floats of several types become F32, which holds them all.
+fn add_expert(
+    stack: &mut Item,
+    index: usize,
+    planned: &Planned,
+    encoding: Encoding,
+) -> Result<(), ModelError> {
+    if stack.spec.encoding != encoding {
+        if encoding.is_ternary() || stack.spec.encoding.is_ternary() {
+            let why = format!("experts before it are {}, and a stack has one type", stack.spec.encoding);
+            let name = planned.name.clone();
+            return Err(ModelError::CannotEncode { name, encoding: encoding.to_string(), why });
+        }
+        stack.spec.encoding = Encoding::F32;
+    }
+    stack.spec.shape[0] += 1;
+    if let Part::Stack(indices) = &mut stack.part {
+        indices.push(index);
+    }
+    Ok(())
 }
 
 fn no_whole_blocks(planned: &Planned, cols: usize, encoding: &Encoding) -> ModelError {
@@ -149,9 +198,9 @@ fn general(job: &Job, output: &Path, items: &[Item], metadata: &mut Metadata) {
         metadata.insert("general.name", Value::String(name.into_owned()));
     }
     // The type of the linear layers, in the numbering of llama.cpp and, for I2_S, bitnet.cpp.
-    let linear = items.iter().find(|i| match i.part {
-        Part::Tensor(n) => job.planned[n].is_block_linear() && (job.planned[n].ternary || !job.is_ternary()),
-        _ => false,
+    let linear = items.iter().find(|i| {
+        let first = i.part.planned().first().map(|&n| &job.planned[n]);
+        first.is_some_and(|p| p.is_block_linear() && (p.ternary || !job.is_ternary()))
     });
     let file_type = match linear.map(|i| &i.spec.encoding) {
         Some(Encoding::F16) => 1,

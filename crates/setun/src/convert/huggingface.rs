@@ -142,6 +142,15 @@ fn config(job: &Job, scales: ScaleConvention) -> Result<ModelConfig, ModelError>
             listed.push("lm_head".into());
             ternary.exceptions = Some(Exceptions::new(listed)?);
         }
+        // Loaders would make ternary layers of the routers too.
+        if job.config.experts.is_some() && job.is_ternary() {
+            let listed = ternary.exceptions.as_ref().map(|listed| listed.names().to_vec());
+            let mut names = listed.unwrap_or_else(|| vec!["lm_head".to_owned()]);
+            if !names.iter().any(|name| name == "mlp.gate") {
+                names.push("mlp.gate".into());
+            }
+            ternary.exceptions = Some(Exceptions::new(names)?);
+        }
         // With no packed layer at all there is no scale, and masters say that too (a float twin's folder).
         if job.is_ternary() {
             ternary.storage = match scales {

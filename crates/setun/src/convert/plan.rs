@@ -5,6 +5,7 @@ use crate::error::ModelError;
 use crate::format::{Checkpoint, Encoding, TensorSpec};
 use crate::model::{Model, Role, Source};
 use crate::weights::Weights;
+use crate::weights::experts::is_router;
 
 /// A tensor of the model, by its canonical name, before a place for it is chosen.
 #[derive(Debug, Clone)]
@@ -23,9 +24,16 @@ pub(super) struct Planned {
 }
 
 impl Planned {
-    /// A linear layer inside a block, as against the embedding, the head and vectors.
+    /// A linear layer inside a block, as against the embedding, the head, routers and vectors.
     pub(super) fn is_block_linear(&self) -> bool {
-        matches!(self.role, Some(Role::Ternary | Role::Float)) && self.name.starts_with("model.layers.")
+        matches!(self.role, Some(Role::Ternary | Role::Float))
+            && self.name.starts_with("model.layers.")
+            && !self.is_router()
+    }
+
+    /// The matrix that chooses experts, which no program stores in few bits.
+    pub(super) fn is_router(&self) -> bool {
+        is_router(&self.name)
     }
 
     /// The type that keeps its floats: its own where containers have it, F32 otherwise.
@@ -59,7 +67,7 @@ impl Collector<'_> {
             role,
             ternary: role.is_some_and(|role| self.weights.is_ternary(name, role)),
             stored: info.map_or(Encoding::F32, |i| i.encoding.clone()),
-            bytes: info.map_or(0, |i| i.stored_bytes()),
+            bytes: self.weights.stored_bytes(name),
         });
     }
 }
@@ -84,10 +92,23 @@ impl Source for Collector<'_> {
 pub(super) enum Part {
     /// The planned tensor at this index.
     Tensor(usize),
+    /// The planned matrices at these indices, one after another.
+    Stack(Vec<usize>),
     /// The `weight_scale` beside the packed tensor at this index.
     Scale(usize),
     /// Values that no input tensor holds.
     Given(Vec<f32>),
+}
+
+impl Part {
+    /// The planned tensors that are written.
+    pub(super) fn planned(&self) -> &[usize] {
+        match self {
+            Self::Tensor(index) => std::slice::from_ref(index),
+            Self::Stack(indices) => indices,
+            Self::Scale(_) | Self::Given(_) => &[],
+        }
+    }
 }
 
 /// One tensor of the output.

@@ -11,6 +11,9 @@ mod k_quants;
 mod mlx;
 mod ternary_blocks;
 
+use std::borrow::Cow;
+use std::ops::Range;
+
 use half::{bf16, f16};
 use setun_kernels::dense::{DenseData, DenseMatrix};
 use setun_kernels::matrix::{Scales, TernaryMatrix};
@@ -19,7 +22,7 @@ pub use hf_packed::{ScaleConvention, hf_packed_to_ternary};
 pub use mlx::mlx_to_ternary;
 use ternary_blocks::Unit;
 
-use super::tensor::{Encoding, Tensor};
+use super::tensor::{Encoding, Rewrite, Tensor, TensorInfo};
 use crate::error::ModelError;
 
 /// Four canonical codes that are all 1: four zero weights.
@@ -96,6 +99,42 @@ impl Tensor<'_> {
             )));
         }
         Ok(())
+    }
+
+    /// Rows `rows` of the tensor, as a matrix that borrows its bytes: leading dimensions are taken for one, so that matrix `i` of
+    /// a stack `[_, n, cols]` is rows `i * n` to `(i + 1) * n`.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] if there are no such rows, for types that are not read, and for I2_S, which keeps one scale behind
+    /// all rows.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Tensor<'_>, ModelError> {
+        self.check_len()?;
+        let [.., cols] = *self.shape() else { return Err(self.error("it is one number, which has no rows")) };
+        let row_bytes = match &self.info.encoding {
+            Encoding::I2S | Encoding::I2SNeon | Encoding::I2SRows4 | Encoding::Trit2 => {
+                let encoding = &self.info.encoding;
+                let what = format!(
+                    "it is {encoding}, which has one scale for a whole tensor, but a stack of matrices with a scale each is \
+                     expected: convert the model from its original to another type"
+                );
+                return Err(self.error(what));
+            }
+            encoding => encoding.byte_len(&[1, cols]).unwrap_or(0),
+        };
+        let bytes = rows.start.saturating_mul(row_bytes)..rows.end.saturating_mul(row_bytes);
+        let Some(data) = self.data.get(bytes.clone()).filter(|_| rows.start <= rows.end) else {
+            return Err(self.error(format!("rows {} to {} are outside it", rows.start, rows.end)));
+        };
+        let start = self.info.range.start;
+        let info = TensorInfo {
+            name: self.info.name.clone(),
+            shape: vec![rows.len(), cols],
+            encoding: self.info.encoding.clone(),
+            file: self.info.file,
+            range: start + bytes.start..start + bytes.end,
+            rewrite: Rewrite::None,
+        };
+        Ok(Tensor { info: Cow::Owned(info), data: Cow::Borrowed(data) })
     }
 
     /// `(rows, cols)` of a matrix.
