@@ -136,11 +136,18 @@ pub fn initialise(config: ModelConfig, seed: u64) -> Result<(TrainModel, Params)
 /// A model whose tensors come from `tensor(name, rows, cols, kind)`: a checkpoint, a file to fine-tune.
 ///
 /// # Errors
-/// The first that `tensor` returns, or a value of another length than `rows * cols`.
+/// A model with layers that have no backward pass (gated DeltaNet), the first error that `tensor` returns, or a value of another length than `rows * cols`.
 pub fn load<F>(config: ModelConfig, tensor: F) -> Result<(TrainModel, Params), ModelError>
 where
     F: FnMut(&str, usize, usize, Kind) -> Result<Vec<f32>, ModelError>,
 {
+    if config.hybrid.is_some() || config.attention_gate {
+        return Err(ModelError::ConfigValue {
+            field: "layer_types".into(),
+            found: "gated DeltaNet layers and gated attention".into(),
+            expected: "attention without gates, which is what can be trained here".into(),
+        });
+    }
     let mut source = From { params: Params::default(), tensor };
     let model = Model::build(config, &mut source)?;
     Ok((model, source.params))

@@ -5,16 +5,18 @@
 
 mod gguf;
 mod huggingface;
+mod hybrid;
 mod known;
 mod rope;
 mod rotation;
 
+pub use hybrid::{HeadOrder, Hybrid, MAX_CONV_KERNEL};
 pub use rope::{Rope, RopeScaling, RopeTable};
 pub use rotation::Rotation;
 
 use crate::error::ModelError;
 use crate::format::{Checkpoint, Llama2cFacts, Llama2cKind};
-use crate::ops::Attention;
+use crate::ops::{Attention, DeltaNet};
 
 /// The nonlinearity of a feed-forward layer's gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -38,6 +40,9 @@ pub enum Family {
     /// Llama with a norm on every query and key head, and heads of a width of their own. Ternary-Bonsai 1.7B to 8B and CAT-Q's
     /// Qwen3 are of this family.
     Qwen3,
+    /// Qwen3 with an output gate on its attention, rotating a part of each head, between gated DeltaNet layers (Qwen3.5 and later).
+    /// Ternary-Bonsai-27B and Ternary-Bonsai-2-27B are of this family.
+    Qwen35,
     /// `BitNetForCausalLM` (2B-4T): SubLN, squared ReLU.
     BitNet,
     /// The first BitNet b1.58 models (1bitLLM) and their kin: SubLN, SiLU.
@@ -186,6 +191,10 @@ pub struct ModelConfig {
     pub inner_norm_eps: Option<f32>,
     /// Norms of every query and key head before RoPE.
     pub qk_norm: bool,
+    /// A gate on attention's output, from the query projection (Qwen3.5).
+    pub attention_gate: bool,
+    /// Which layers are gated DeltaNets instead of attention, and their shape.
+    pub hybrid: Option<Hybrid>,
     /// Biases on q, k and v.
     pub qkv_bias: bool,
     /// Bias on the output projection.
@@ -259,6 +268,8 @@ impl ModelConfig {
             sub_norms: shape.sub_norms,
             inner_norm_eps: None,
             qk_norm: false,
+            attention_gate: false,
+            hybrid: None,
             qkv_bias: false,
             output_bias: false,
             mlp_bias: false,
@@ -360,17 +371,9 @@ impl ModelConfig {
 
     /// Whether any linear layer is ternary: a BitNet-shaped float model excepts every one of them.
     pub fn has_ternary_layers(&self) -> bool {
-        const BLOCK: [&str; 7] = [
-            "self_attn.q_proj",
-            "self_attn.k_proj",
-            "self_attn.v_proj",
-            "self_attn.o_proj",
-            "mlp.gate_proj",
-            "mlp.up_proj",
-            "mlp.down_proj",
-        ];
-        (0..self.num_layers)
-            .any(|n| BLOCK.iter().any(|part| self.is_ternary(&format!("model.layers.{n}.{part}"))))
+        (0..self.num_layers).any(|n| {
+            self.layer_weights(n).any(|(part, ..)| self.is_ternary(&format!("model.layers.{n}.{part}")))
+        })
     }
 
     /// Attention as layer `layer` does it.
@@ -385,22 +388,63 @@ impl ModelConfig {
         }
     }
 
+    /// The gated DeltaNet that layer `layer` is; `None` where it is attention.
+    pub fn delta_net(&self, layer: usize) -> Option<DeltaNet> {
+        self.hybrid.as_ref()?.layer(layer)
+    }
+
+    /// The same with value heads of gated DeltaNets in another order, which [`crate::weights::Weights`] then reads tensors in.
+    pub(crate) fn with_order(mut self, order: HeadOrder) -> Self {
+        if let Some(hybrid) = &mut self.hybrid {
+            hybrid.order = order;
+        }
+        self
+    }
+
     /// Parameters, embeddings counted once when tied; biases and norms included.
     pub fn parameters(&self) -> usize {
         let (h, f) = (self.hidden_size, self.intermediate_size);
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let biases = [(self.qkv_bias, q + 2 * kv), (self.output_bias, h), (self.mlp_bias, 2 * f + h)];
-        let biases: usize = biases.iter().map(|&(on, n)| if on { n } else { 0 }).sum();
-        let norms =
-            2 * h + if self.sub_norms { q + f } else { 0 } + if self.qk_norm { 2 * self.head_dim } else { 0 };
-        let layer = h * (q + 2 * kv) + q * h + 3 * h * f + norms + biases;
-        self.vocab_size * h * (2 - usize::from(self.tied)) + self.num_layers * layer + h
+        let on = |present: bool, n: usize| if present { n } else { 0 };
+        let attention = on(self.qkv_bias, q + 2 * kv)
+            + on(self.output_bias, h)
+            + on(self.sub_norms, q)
+            + on(self.qk_norm, 2 * self.head_dim);
+        let everywhere = 2 * h + on(self.mlp_bias, 2 * f + h) + on(self.sub_norms, f);
+        let small = (0..self.num_layers).map(|n| match self.delta_net(n) {
+            Some(net) => everywhere + net.vectors(),
+            None => everywhere + attention,
+        });
+        self.vocab_size * h * (2 - usize::from(self.tied)) + self.block_weights() + small.sum::<usize>() + h
     }
 
     /// Weights of the linear layers inside the blocks: what a ternary model stores in trits.
     pub fn block_weights(&self) -> usize {
+        let layers = (0..self.num_layers).map(|n| self.layer_weights(n).map(|(_, rows, cols)| rows * cols));
+        layers.flatten().sum()
+    }
+
+    /// The linear layers of block `layer`: name (`mlp.up_proj`), outputs, inputs.
+    pub fn layer_weights(&self, layer: usize) -> impl Iterator<Item = (&'static str, usize, usize)> {
+        let (h, f) = (self.hidden_size, self.intermediate_size);
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        self.num_layers * self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
+        let mixer = match self.delta_net(layer) {
+            Some(net) => vec![
+                ("linear_attn.in_proj_qkv", net.channels(), h),
+                ("linear_attn.in_proj_z", net.values(), h),
+                ("linear_attn.in_proj_b", net.value_heads, h),
+                ("linear_attn.in_proj_a", net.value_heads, h),
+                ("linear_attn.out_proj", h, net.values()),
+            ],
+            None => vec![
+                ("self_attn.q_proj", q * (1 + usize::from(self.attention_gate)), h),
+                ("self_attn.k_proj", kv, h),
+                ("self_attn.v_proj", kv, h),
+                ("self_attn.o_proj", h, q),
+            ],
+        };
+        let mlp = [("mlp.gate_proj", f, h), ("mlp.up_proj", f, h), ("mlp.down_proj", h, f)];
+        mixer.into_iter().chain(mlp)
     }
 
     /// The last step of every constructor: what later code relies on.
@@ -451,6 +495,9 @@ impl ModelConfig {
             ));
         }
         self.rope.check(self.head_dim)?;
+        if let Some(hybrid) = &self.hybrid {
+            hybrid.check(self.num_layers)?;
+        }
         Ok(self)
     }
 }

@@ -10,7 +10,7 @@ use crate::format::gguf::{Array, Metadata, Value};
 use crate::format::{Encoding, TensorSpec};
 use crate::recommended::Recommended;
 use crate::tokenizer::Tokenizer;
-use crate::weights::gguf_name;
+use crate::weights::{gguf_name_in, vector_shape};
 
 /// The header, the tensors in the order of the file, and whether there is a tokenizer.
 pub(super) fn prepare(
@@ -45,6 +45,13 @@ fn check(job: &Job) -> Result<(), ModelError> {
         let encoding = "part of a GGUF model".to_owned();
         Err(ModelError::CannotEncode { name: planned.name.clone(), encoding, why: why.into() })
     };
+    if job.config.hybrid.as_ref().is_some_and(|h| h.draft_layers > 0) && !job.options.lossy {
+        return Err(ModelError::ConfigValue {
+            field: "nextn_predict_layers".into(),
+            found: "blocks that only draft tokens".into(),
+            expected: "0, since they would be left out: allow it (--lossy)".into(),
+        });
+    }
     for planned in job.planned {
         if planned.ternary && !planned.is_block_linear() && !job.is_weight_only() {
             return refuse(
@@ -96,7 +103,11 @@ fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
         if !cols.is_multiple_of(encoding.block_len()) {
             return Err(no_whole_blocks(planned, cols, &encoding));
         }
-        let spec = TensorSpec { name: gguf_name(&planned.name), shape: planned.shape.clone(), encoding };
+        let shape = match planned.role {
+            Some(_) => planned.shape.clone(),
+            None => vector_shape(job.config, &planned.name, cols),
+        };
+        let spec = TensorSpec { name: gguf_name_in(job.config, &planned.name), shape, encoding };
         let interleave = match job.config.gguf_interleaves_rotary_pairs() {
             true => heads(job.config, &planned.name),
             false => None,
