@@ -6,7 +6,9 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use setun::config::{Activation, ActivationType, Family, ModelConfig, Numerics, RopeScaling, Storage};
+use setun::config::{
+    Activation, ActivationType, Family, Hybrid, ModelConfig, Numerics, RopeScaling, Storage,
+};
 use setun::format::{Checkpoint, CheckpointKind};
 use setun::inspect::{Part, Survey, survey};
 use setun::recommended::Recommended;
@@ -229,6 +231,9 @@ impl Facts<'_> {
             let (all, ternary) = (output::count(all), output::count(ternary));
             line("parameters", format!("{all} ({ternary} in linear layers of the blocks){active}"))?;
             line("shape", shape(c))?;
+            if let Some(hybrid) = &c.hybrid {
+                line("hybrid", layers(hybrid))?;
+            }
             line("features", features(c))?;
             line("position", rope(c))?;
             line("numerics", numerics(c))?;
@@ -322,6 +327,7 @@ fn family(family: Family) -> &'static str {
         Family::Qwen2 => "Qwen2",
         Family::Qwen3 => "Qwen3",
         Family::Qwen3Moe => "Qwen3-MoE",
+        Family::Qwen35 => "Qwen3.5 (gated DeltaNet and attention layers)",
         Family::BitNet => "BitNet b1.58 (SubLN, squared ReLU)",
         Family::BitNetSilu => "BitNet b1.58 (SubLN, SiLU)",
     }
@@ -335,6 +341,7 @@ fn family_key(family: Family) -> &'static str {
         Family::Qwen2 => "qwen2",
         Family::Qwen3 => "qwen3",
         Family::Qwen3Moe => "qwen3-moe",
+        Family::Qwen35 => "qwen3.5",
         Family::BitNet => "bitnet",
         Family::BitNetSilu => "bitnet-silu",
     }
@@ -354,6 +361,20 @@ fn shape(c: &ModelConfig) -> String {
     )
 }
 
+fn layers(h: &Hybrid) -> String {
+    let recurrent = h.layers.iter().filter(|&&own| own).count();
+    format!(
+        "{recurrent} of {} layers are gated DeltaNets ({} value and {} key heads of {}, convolution over {}), state {} whatever \
+         the context",
+        h.layers.len(),
+        h.value_heads,
+        h.key_heads,
+        h.head_dim,
+        h.conv_kernel,
+        output::bytes(h.state_bytes())
+    )
+}
+
 fn features(c: &ModelConfig) -> String {
     let activation = match c.activation {
         Activation::Silu => "SiLU gate",
@@ -368,6 +389,7 @@ fn features(c: &ModelConfig) -> String {
     for (on, what) in [
         (c.sub_norms, "sub-norms"),
         (c.qk_norm, "norms on query and key heads"),
+        (c.attention_gate, "gate on the output of attention"),
         (c.inner_norm_eps.is_some(), "norms inside linear layers"),
         (c.qkv_bias, "biases on q, k, v"),
         (c.output_bias, "bias on o"),
@@ -454,6 +476,16 @@ fn config_json(c: &ModelConfig) -> Value {
         "sub_norms": c.sub_norms,
         "inner_norms": c.inner_norm_eps.is_some(),
         "qk_norm": c.qk_norm,
+        "attention_gate": c.attention_gate,
+        "hybrid": c.hybrid.as_ref().map(|h| json!({
+            "recurrent_layers": h.layers,
+            "key_heads": h.key_heads,
+            "value_heads": h.value_heads,
+            "head_dim": h.head_dim,
+            "conv_kernel": h.conv_kernel,
+            "draft_layers": h.draft_layers,
+            "state_bytes": h.state_bytes(),
+        })),
         "qkv_bias": c.qkv_bias,
         "output_bias": c.output_bias,
         "mlp_bias": c.mlp_bias,

@@ -70,7 +70,7 @@ fn ln(x: f32) -> f32 {
 }
 
 #[inline(always)]
-fn dot_lanes<S: Lanes>(s: S, a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn dot_lanes<S: Lanes>(s: S, a: &[f32], b: &[f32]) -> f32 {
     let ((a_chunks, a_tail), (b_chunks, b_tail)) = (a.as_chunks(), b.as_chunks());
     let mut sum = s.zero();
     for (a, b) in a_chunks.iter().zip(b_chunks) {
@@ -171,6 +171,13 @@ job!(SiluGate { gate: &'a [f32], up: &'a [f32], out: &'a mut [f32] } -> (), |s| 
     zip_lanes(s, gate, up, out, #[inline(always)] |g, u| {
         let denominator = s.add(one, exp_lanes(s, s.sub(s.zero(), g)));
         s.mul(s.div(g, denominator), u)
+    });
+});
+
+job!(SigmoidGate { gate: &'a [f32], x: &'a [f32], out: &'a mut [f32] } -> (), |s| {
+    let one = s.splat(1.0);
+    zip_lanes(s, gate, x, out, #[inline(always)] |g, x| {
+        s.div(x, s.add(one, exp_lanes(s, s.sub(s.zero(), g))))
     });
 });
 
@@ -357,6 +364,12 @@ impl Kernels {
     pub fn silu_gate(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
         assert!(gate.len() == up.len() && up.len() == out.len(), "silu_gate: lengths differ");
         self.lanes(SiluGate { gate, up, out });
+    }
+
+    /// The output gate of Qwen3.5's attention: `out = x / (1 + e^-gate)`.
+    pub fn sigmoid_gate(&self, gate: &[f32], x: &[f32], out: &mut [f32]) {
+        assert!(gate.len() == x.len() && x.len() == out.len(), "sigmoid_gate: lengths differ");
+        self.lanes(SigmoidGate { gate, x, out });
     }
 
     /// The squared ReLU gate of BitNet b1.58 2B4T: `out = max(gate, 0)² * up`

@@ -2,7 +2,7 @@
 //!
 //! Modules in reading order: [`matrix`] is the canonical ternary matrix, [`pack`] its codecs, [`quant`]
 //! the two quantisers of BitNet b1.58; [`kernels`] chooses an instruction set; [`ternary`] multiplies,
-//! [`float`], [`dense`] and [`attention`] are the float steps between; [`threads`] is the pool and
+//! [`float`], [`dense`], [`attention`] and [`delta`] are the float steps between; [`threads`] is the pool and
 //! [`peak`] measures the limits of this machine. No notion of model, file or tokenizer lives here.
 
 #![cfg_attr(not(feature = "std"), no_std)]
@@ -19,6 +19,8 @@ pub mod ternary;
 
 #[cfg(feature = "std")]
 pub mod attention;
+#[cfg(feature = "std")]
+pub mod delta;
 #[cfg(feature = "std")]
 pub mod dense;
 #[cfg(feature = "std")]

@@ -136,18 +136,22 @@ pub fn initialise(config: ModelConfig, seed: u64) -> Result<(TrainModel, Params)
 /// A model whose tensors come from `tensor(name, rows, cols, kind)`: a checkpoint, a file to fine-tune.
 ///
 /// # Errors
-/// The first that `tensor` returns, a value of another length than `rows * cols`, and [`ModelError::ConfigValue`] for models
-/// with experts, which are run but not trained.
+/// A model with layers that are run but have no backward pass (mixtures of experts, gated DeltaNet), the first error that `tensor`
+/// returns, or a value of another length than `rows * cols`.
 pub fn load<F>(config: ModelConfig, tensor: F) -> Result<(TrainModel, Params), ModelError>
 where
     F: FnMut(&str, usize, usize, Kind) -> Result<Vec<f32>, ModelError>,
 {
+    let refuse = |field: &str, found: String, expected: &str| {
+        Err(ModelError::ConfigValue { field: field.into(), found, expected: expected.into() })
+    };
     if let Some(experts) = &config.experts {
-        return Err(ModelError::ConfigValue {
-            field: "num_experts".into(),
-            found: experts.count.to_string(),
-            expected: "absent: mixtures of experts are run, but this version cannot train them".into(),
-        });
+        let expected = "absent: mixtures of experts are run, but this version cannot train them";
+        return refuse("num_experts", experts.count.to_string(), expected);
+    }
+    if config.hybrid.is_some() || config.attention_gate {
+        let found = "gated DeltaNet layers and gated attention".into();
+        return refuse("layer_types", found, "attention without gates, which is what can be trained here");
     }
     let mut source = From { params: Params::default(), tensor };
     let model = Model::build(config, &mut source)?;

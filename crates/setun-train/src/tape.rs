@@ -19,7 +19,7 @@ mod norm;
 use std::sync::Arc;
 
 use setun::config::{Activation, RopeTable};
-use setun::ops::{Attention, Direction, Linear, Ops, Rotate, Routing};
+use setun::ops::{Attention, DeltaNet, DeltaWeights, Direction, Linear, Ops, Rotate, Routing};
 
 use crate::engine::{CHUNK, Engine, Floats, add_assign};
 use crate::params::{ParamId, Params};
@@ -240,17 +240,24 @@ impl<'a> Ops for Tape<'a> {
         self.attend(q, k, v, shape)
     }
 
+    // `params::load` makes no parameters for the models that call these three.
+    fn split(&mut self, _: Var, _: usize) -> [Var; 2] {
+        unreachable!("gated attention has no parameters to train")
+    }
+
+    fn delta_net(&mut self, _: Var, _: Var, _: Var, _: DeltaWeights<ParamId>, _: DeltaNet) -> Var {
+        unreachable!("gated DeltaNets have no parameters to train")
+    }
+
+    fn sigmoid_gate(&mut self, _: Var, _: Var) -> Var {
+        unreachable!("gated attention has no parameters to train")
+    }
+
     fn gate(&mut self, gate: Var, up: Var, activation: Activation) -> Var {
         self.gate_rows(gate, up, activation)
     }
 
-    fn mixture(
-        &mut self,
-        _: Var,
-        _: Var,
-        _: Routing,
-        _: impl FnMut(&mut Self, usize, Var) -> Var,
-    ) -> Var {
+    fn mixture(&mut self, _: Var, _: Var, _: Routing, _: impl FnMut(&mut Self, usize, Var) -> Var) -> Var {
         unreachable!("`params::load` refuses models with experts")
     }
 

@@ -7,17 +7,19 @@ mod contradictions;
 mod experts;
 mod gguf;
 mod huggingface;
+mod hybrid;
 mod known;
 mod rope;
 mod rotation;
 
 pub use experts::Experts;
+pub use hybrid::{HeadOrder, Hybrid, MAX_CONV_KERNEL};
 pub use rope::{Rope, RopeScaling, RopeTable};
 pub use rotation::Rotation;
 
 use crate::error::ModelError;
 use crate::format::{Checkpoint, Llama2cFacts, Llama2cKind};
-use crate::ops::Attention;
+use crate::ops::{Attention, DeltaNet};
 
 /// The nonlinearity of a feed-forward layer's gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -43,10 +45,20 @@ pub enum Family {
     Qwen3,
     /// Qwen3 with mixtures of experts for feed-forward layers. CAT-Q's Qwen3-30B-A3B and 235B-A22B are of this family.
     Qwen3Moe,
+    /// Qwen3 with an output gate on its attention, rotating a part of each head, between gated DeltaNet layers (Qwen3.5 and later).
+    /// Ternary-Bonsai-27B and Ternary-Bonsai-2-27B are of this family.
+    Qwen35,
     /// `BitNetForCausalLM` (2B-4T): SubLN, squared ReLU.
     BitNet,
     /// The first BitNet b1.58 models (1bitLLM) and their kin: SubLN, SiLU.
     BitNetSilu,
+}
+
+impl Family {
+    /// Whether its attention norms every query and key head before RoPE.
+    fn has_qk_norm(self) -> bool {
+        matches!(self, Family::Qwen3 | Family::Qwen3Moe | Family::Qwen35)
+    }
 }
 
 /// How the linear layers are computed.
@@ -191,6 +203,10 @@ pub struct ModelConfig {
     pub inner_norm_eps: Option<f32>,
     /// Norms of every query and key head before RoPE.
     pub qk_norm: bool,
+    /// A gate on attention's output, from the query projection (Qwen3.5).
+    pub attention_gate: bool,
+    /// Which layers are gated DeltaNets instead of attention, and their shape.
+    pub hybrid: Option<Hybrid>,
     /// Biases on q, k and v.
     pub qkv_bias: bool,
     /// Bias on the output projection.
@@ -266,6 +282,8 @@ impl ModelConfig {
             sub_norms: shape.sub_norms,
             inner_norm_eps: None,
             qk_norm: false,
+            attention_gate: false,
+            hybrid: None,
             qkv_bias: false,
             output_bias: false,
             mlp_bias: false,
@@ -369,18 +387,14 @@ impl ModelConfig {
 
     /// Whether any linear layer is ternary: a BitNet-shaped float model excepts every one of them.
     pub fn has_ternary_layers(&self) -> bool {
-        const ATTENTION: [&str; 4] = ["q_proj", "k_proj", "v_proj", "o_proj"];
         const FEED_FORWARD: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
         (0..self.num_layers).any(|n| {
-            let any = |of: &str, parts: &[&str]| {
-                parts.iter().any(|part| self.is_ternary(&format!("model.layers.{n}.{of}.{part}")))
-            };
-            any("self_attn", &ATTENTION)
+            let ternary = |part: &str| self.is_ternary(&format!("model.layers.{n}.{part}"));
+            let any = |of: &str| FEED_FORWARD.iter().any(|part| ternary(&format!("{of}.{part}")));
+            self.mixer_weights(n).iter().any(|(part, ..)| ternary(part))
                 || match self.experts_in(n) {
-                    None => any("mlp", &FEED_FORWARD),
-                    Some(experts) => {
-                        (0..experts.count).any(|e| any(&format!("mlp.experts.{e}"), &FEED_FORWARD))
-                    }
+                    None => any("mlp"),
+                    Some(experts) => (0..experts.count).any(|e| any(&format!("mlp.experts.{e}"))),
                 }
         })
     }
@@ -397,6 +411,19 @@ impl ModelConfig {
         }
     }
 
+    /// The gated DeltaNet that layer `layer` is; `None` where it is attention.
+    pub fn delta_net(&self, layer: usize) -> Option<DeltaNet> {
+        self.hybrid.as_ref()?.layer(layer)
+    }
+
+    /// The same with value heads of gated DeltaNets in another order, which [`crate::weights::Weights`] then reads tensors in.
+    pub(crate) fn with_order(mut self, order: HeadOrder) -> Self {
+        if let Some(hybrid) = &mut self.hybrid {
+            hybrid.order = order;
+        }
+        self
+    }
+
     /// Parameters, embeddings counted once when tied; biases and norms included.
     pub fn parameters(&self) -> usize {
         self.parameters_with(self.feed_forward_widths(false))
@@ -411,19 +438,50 @@ impl ModelConfig {
     fn parameters_with(&self, widths: usize) -> usize {
         let (h, f) = (self.hidden_size, self.intermediate_size);
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let biases = [(self.qkv_bias, q + 2 * kv), (self.output_bias, h), (self.mlp_bias, 2 * f + h)];
-        let biases: usize = biases.iter().map(|&(on, n)| if on { n } else { 0 }).sum();
-        let norms =
-            2 * h + if self.sub_norms { q + f } else { 0 } + if self.qk_norm { 2 * self.head_dim } else { 0 };
-        let layer = h * (q + 2 * kv) + q * h + norms + biases;
+        let on = |present: bool, n: usize| if present { n } else { 0 };
+        let attention = on(self.qkv_bias, q + 2 * kv)
+            + on(self.output_bias, h)
+            + on(self.sub_norms, q)
+            + on(self.qk_norm, 2 * self.head_dim);
+        let everywhere = 2 * h + on(self.mlp_bias, 2 * f + h) + on(self.sub_norms, f);
+        let small = (0..self.num_layers).map(|n| match self.delta_net(n) {
+            Some(net) => everywhere + net.vectors(),
+            None => everywhere + attention,
+        });
         let feed_forward = 3 * h * widths + self.router_weights();
-        self.vocab_size * h * (2 - usize::from(self.tied)) + self.num_layers * layer + feed_forward + h
+        let mixers = self.all_mixer_weights() + small.sum::<usize>();
+        self.vocab_size * h * (2 - usize::from(self.tied)) + mixers + feed_forward + h
     }
 
     /// Weights of the linear layers inside the blocks: what a ternary model stores in trits. Routers are left out.
     pub fn block_weights(&self) -> usize {
+        self.all_mixer_weights() + 3 * self.hidden_size * self.feed_forward_widths(false)
+    }
+
+    fn all_mixer_weights(&self) -> usize {
+        let of = |n| self.mixer_weights(n).iter().map(|(_, outputs, inputs)| outputs * inputs).sum::<usize>();
+        (0..self.num_layers).map(of).sum()
+    }
+
+    /// The linear layers by which block `layer` mixes tokens: name (`self_attn.q_proj`), outputs, inputs.
+    pub fn mixer_weights(&self, layer: usize) -> Vec<(&'static str, usize, usize)> {
+        let h = self.hidden_size;
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        self.hidden_size * (self.num_layers * (2 * q + 2 * kv) + 3 * self.feed_forward_widths(false))
+        match self.delta_net(layer) {
+            Some(net) => vec![
+                ("linear_attn.in_proj_qkv", net.channels(), h),
+                ("linear_attn.in_proj_z", net.values(), h),
+                ("linear_attn.in_proj_b", net.value_heads, h),
+                ("linear_attn.in_proj_a", net.value_heads, h),
+                ("linear_attn.out_proj", h, net.values()),
+            ],
+            None => vec![
+                ("self_attn.q_proj", q * (1 + usize::from(self.attention_gate)), h),
+                ("self_attn.k_proj", kv, h),
+                ("self_attn.v_proj", kv, h),
+                ("self_attn.o_proj", h, q),
+            ],
+        }
     }
 
     /// The last step of every constructor: what later code relies on.
@@ -477,6 +535,9 @@ impl ModelConfig {
             experts.check(&self)?;
         }
         self.rope.check(self.head_dim)?;
+        if let Some(hybrid) = &self.hybrid {
+            hybrid.check(self.num_layers)?;
+        }
         Ok(self)
     }
 }

@@ -18,7 +18,7 @@ mod verify;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::config::{ActivationType, ModelConfig, Numerics, RopeScaling};
+use crate::config::{ActivationType, HeadOrder, Hybrid, ModelConfig, Numerics, RopeScaling};
 use crate::error::ModelError;
 use crate::format::gguf::GgufWriter;
 use crate::format::{Checkpoint, Encoding, SafetensorsWriter, ScaleConvention, TensorSpec};
@@ -122,7 +122,12 @@ pub fn convert(
     options: &ConvertOptions,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<ConvertReport, ModelError> {
-    let config = ModelConfig::of(file)?;
+    // Tensors go from the order of one file to that of the other, not to the one in which the model is run.
+    let order = match options.target {
+        Target::Gguf => HeadOrder::Tiled,
+        Target::HuggingFace => HeadOrder::Grouped,
+    };
+    let config = ModelConfig::of(file)?.with_order(order);
     let weights = Weights::new(file, &config);
     weights.check_all_used()?;
     weights.check_scale_convention()?;
@@ -161,7 +166,7 @@ pub fn convert(
         }
     };
     let written = Checkpoint::open(&staging.path)?;
-    let read_back = ModelConfig::of(&written)?;
+    let read_back = ModelConfig::of(&written)?.with_order(order);
     if let Some(field) = difference(&job, &read_back) {
         let what = format!("cannot hold this model: `{field}` would be read back differently");
         return Err(ModelError::format(output, what));
@@ -352,6 +357,7 @@ fn difference(job: &Job, found: &ModelConfig) -> Option<&'static str> {
             expected.bos.is_none_or(|id| found.bos == Some(id)) || job.options.tokenizer.is_some(),
         ),
         ("eos_token_id", job.options.lossy || expected.eos.iter().all(|id| found.eos.contains(id))),
+        ("linear_attention", same_hybrid(expected, found)),
         ("prism.hadamard", expected.rotation == found.rotation),
         ("quantization_config", same_numerics(job, found)),
     ];
@@ -374,6 +380,12 @@ fn same_numerics(job: &Job, found: &ModelConfig) -> bool {
     };
     ternary == (found.numerics != Numerics::Float)
         && (!ternary || found.activations() == job.config.activations())
+}
+
+/// Equal layers; drafting ones are not written.
+fn same_hybrid(expected: &ModelConfig, found: &ModelConfig) -> bool {
+    let own = |c: &ModelConfig| c.hybrid.clone().map(|hybrid| Hybrid { draft_layers: 0, ..hybrid });
+    expected.attention_gate == found.attention_gate && own(expected) == own(found)
 }
 
 /// Equal frequencies, whichever way they are written; GGUF keeps the base and the factors as f32.

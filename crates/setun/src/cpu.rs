@@ -2,17 +2,18 @@
 
 use setun_kernels::Kernels;
 use setun_kernels::attention::AttentionShape;
+use setun_kernels::delta::DeltaGates;
 use setun_kernels::dense::DenseMatrix;
 use setun_kernels::matrix::TernaryMatrix;
 use setun_kernels::quant::Activations;
 use setun_kernels::ternary::PackedMatrix;
 use setun_kernels::threads::Pool;
 
-use crate::config::{Activation, ActivationType, ModelConfig, RopeTable};
+use crate::config::{Activation, ActivationType, MAX_CONV_KERNEL, ModelConfig, RopeTable};
 use crate::error::ModelError;
 use crate::kv_cache::KvCache;
 use crate::model::{Role, Source};
-use crate::ops::{Attention, Direction, Linear, Ops, Rotate, Routing, Tap};
+use crate::ops::{Attention, DeltaNet, DeltaWeights, Direction, Linear, Ops, Rotate, Routing, Tap};
 use crate::weights::{Weight, Weights};
 
 /// A matrix ready to multiply.
@@ -100,7 +101,7 @@ pub struct Buf {
 /// One sequence's share of a batch: its cache, and how many of the batch's rows are its new tokens.
 #[derive(Debug)]
 pub struct Part<'a> {
-    /// Keys and values so far; new ones are appended by the pass.
+    /// What its layers remember; the pass adds the new tokens.
     pub cache: &'a mut KvCache,
     /// Rows of the batch that belong to it.
     pub tokens: usize,
@@ -298,6 +299,85 @@ impl Ops for CpuOps<'_, '_> {
         for buf in [q, k, v] {
             self.release(buf);
         }
+        out
+    }
+
+    fn split(&mut self, x: Buf, width: usize) -> [Buf; 2] {
+        let (tokens, half) = (self.rows(&x), x.width / 2);
+        let mut out = [self.work.buf(tokens, half), self.work.buf(tokens, half)];
+        for (i, piece) in x.data.chunks_exact(width).enumerate() {
+            out[i % 2].data[i / 2 * width..][..width].copy_from_slice(piece);
+        }
+        self.release(x);
+        out
+    }
+
+    fn delta_net(
+        &mut self,
+        qkv: Buf,
+        alpha: Buf,
+        beta: Buf,
+        weights: DeltaWeights<Vec<f32>>,
+        shape: DeltaNet,
+    ) -> Buf {
+        let (width, taps, heads) = (shape.channels(), shape.conv_kernel, shape.value_heads);
+        let mut mixed = self.work.buf(self.tokens, width);
+        let mut out = self.work.buf(self.tokens, shape.values());
+        let (kernels, pool) = (self.kernels, self.pool);
+        let mut first = 0;
+        for part in self.parts.iter_mut() {
+            let tokens = first..first + part.tokens;
+            let of = |width: usize| tokens.start * width..tokens.end * width;
+            let (tail, state) = part.cache.recurrent(shape.layer);
+            let (x, mixed) = (&qkv.data[of(width)], &mut mixed.data[of(width)]);
+            {
+                // The inputs before this pass, then its own.
+                let row = |i: usize| match i.checked_sub(taps - 1) {
+                    Some(own) => &x[own * width..(own + 1) * width],
+                    None => &tail[i * width..(i + 1) * width],
+                };
+                pool.run_chunks_mut(mixed, width, |t, out| {
+                    let mut rows = [&[][..]; MAX_CONV_KERNEL];
+                    rows[..taps].iter_mut().enumerate().for_each(|(i, slot)| *slot = row(t + i));
+                    kernels.short_conv(&rows[..taps], weights.conv, out);
+                });
+            }
+            // Of both together, the last inputs are what the next token's convolution sees.
+            let kept = (taps - 1).saturating_sub(part.tokens) * width;
+            tail.copy_within(tail.len() - kept.., 0);
+            let new = tail.len() - kept;
+            tail[kept..].copy_from_slice(&x[x.len() - new..]);
+            let gates = DeltaGates {
+                alpha: &alpha.data[of(heads)],
+                beta: &beta.data[of(heads)],
+                rate: weights.rate,
+                dt_bias: weights.dt_bias,
+            };
+            kernels.delta_rule(
+                &shape.kernel_shape(),
+                mixed,
+                &gates,
+                state,
+                &mut out.data[of(shape.values())],
+                pool,
+            );
+            first = tokens.end;
+        }
+        for buf in [qkv, alpha, beta, mixed] {
+            self.release(buf);
+        }
+        out
+    }
+
+    fn sigmoid_gate(&mut self, gate: Buf, x: Buf) -> Buf {
+        let mut out = self.work.buf(self.rows(&x), x.width);
+        let (kernels, width) = (self.kernels, x.width);
+        self.by_rows(&mut out.data, width, |t, row| {
+            let row_of = |buf: &Buf| t * buf.width..(t + 1) * buf.width;
+            kernels.sigmoid_gate(&gate.data[row_of(&gate)], &x.data[row_of(&x)], row);
+        });
+        self.release(gate);
+        self.release(x);
         out
     }
 

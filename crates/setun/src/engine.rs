@@ -168,9 +168,18 @@ impl<'e> Session<'e> {
         self.cache.bytes()
     }
 
-    /// Forgets everything after the first `len` tokens.
-    pub fn truncate(&mut self, len: usize) {
-        self.cache.truncate(len);
+    /// Forgets everything after the first `len` tokens, and returns how many are still known: feed on from there.
+    ///
+    /// That is `len` where all layers are attention. A recurrent state cannot be rewound: such a model goes back to the end of the
+    /// last prompt that [`Session::feed`] read, if that is not beyond `len`, and else forgets everything.
+    #[must_use = "a model with recurrent layers may know less than was asked for"]
+    pub fn truncate(&mut self, len: usize) -> usize {
+        self.cache.truncate(len)
+    }
+
+    /// Forgets all tokens.
+    pub fn clear(&mut self) {
+        self.cache.truncate(0);
     }
 
     /// Logits `[vocab_size]` after the last token fed.
@@ -197,6 +206,10 @@ impl<'e> Session<'e> {
         for chunk in ids.chunks(batch.max(1)) {
             let last = self.cache.len() + chunk.len() == length;
             self.pass(chunk, length, if last { Want::Last } else { Want::Nothing }, None);
+        }
+        // The next turn of a conversation most often comes back to the end of a prompt.
+        if ids.len() > 1 {
+            self.cache.mark();
         }
         Ok(&self.logits)
     }

@@ -77,7 +77,7 @@ pub fn perplexity(
     while scored < ids.len() {
         let end = if scored == 1 { context } else { scored + stride }.min(ids.len());
         let begin = end.saturating_sub(context);
-        session.truncate(0);
+        session.clear();
         let (targets, new) = (&ids[begin + 1..end], scored - begin - 1);
         session.feed_each(&ids[begin..end - 1], new, &mut |first, logits| {
             for (row, &target) in

@@ -167,7 +167,8 @@ impl Source for Reader<'_> {
         if values.iter().any(|v| !v.is_finite()) {
             self.found.not_finite.push(stored.clone());
         }
-        let part = if name.ends_with(".bias") { Part::Blocks } else { Part::Norms };
+        let norm = name.ends_with("norm.weight") || !name.contains(".linear_attn.");
+        let part = if name.ends_with(".bias") || !norm { Part::Blocks } else { Part::Norms };
         self.take(&stored, part);
         Ok(())
     }

@@ -5,6 +5,7 @@
 //! matrix and a vector as an executor holds them (see [`crate::ops`]).
 
 mod attention;
+mod delta_net;
 mod experts;
 mod feed_forward;
 
@@ -13,6 +14,7 @@ use crate::error::ModelError;
 use crate::ops::{Direction, Linear, Ops, Tap};
 
 pub use attention::Attention;
+pub use delta_net::DeltaNet;
 pub use experts::Experts;
 pub use feed_forward::{FeedForward, Gated};
 
@@ -59,11 +61,41 @@ pub struct Layer<M, V> {
     /// Norm before the mixer.
     pub mixer_norm: V,
     /// What carries information from token to token.
-    pub mixer: Attention<M, V>,
+    pub mixer: Mixer<M, V>,
     /// Norm before the feed-forward layer.
     pub mlp_norm: V,
     /// What is done with each token alone.
     pub mlp: FeedForward<M, V>,
+}
+
+/// What carries information from token to token; the configuration says which, layer by layer.
+#[derive(Debug, Clone)]
+pub enum Mixer<M, V> {
+    /// Softmax attention over the KV cache.
+    Attention(Attention<M, V>),
+    /// Linear attention with a state of fixed size.
+    DeltaNet(DeltaNet<M, V>),
+}
+
+impl<M, V> Mixer<M, V> {
+    fn build(
+        c: &ModelConfig,
+        n: usize,
+        layer: &str,
+        source: &mut impl Source<Matrix = M, Vector = V>,
+    ) -> Result<Self, ModelError> {
+        Ok(match c.delta_net(n) {
+            Some(shape) => Self::DeltaNet(DeltaNet::build(c, shape, layer, source)?),
+            None => Self::Attention(Attention::build(c, layer, source)?),
+        })
+    }
+
+    fn linears(&self) -> Vec<&Linear<M, V>> {
+        match self {
+            Self::Attention(attention) => attention.linears().to_vec(),
+            Self::DeltaNet(net) => net.linears().to_vec(),
+        }
+    }
 }
 
 /// A decoder-only language model.
@@ -144,7 +176,7 @@ impl<M, V> Layer<M, V> {
         let layer = format!("model.layers.{n}");
         Ok(Self {
             mixer_norm: source.vector(&format!("{layer}.input_layernorm.weight"), c.hidden_size)?,
-            mixer: Attention::build(c, &layer, source)?,
+            mixer: Mixer::build(c, n, &layer, source)?,
             mlp_norm: source.vector(&format!("{layer}.post_attention_layernorm.weight"), c.hidden_size)?,
             mlp: FeedForward::build(c, n, &layer, source)?,
         })
@@ -158,7 +190,10 @@ impl<M, V> Layer<M, V> {
         x: O::Buf,
     ) -> O::Buf {
         let normed = ops.rms_norm(&x, &self.mixer_norm, c.rms_norm_eps);
-        let mixed = self.mixer.forward(c, n, ops, normed);
+        let mixed = match &self.mixer {
+            Mixer::Attention(attention) => attention.forward(c, n, ops, normed),
+            Mixer::DeltaNet(net) => net.forward(c, ops, normed),
+        };
         let x = ops.add(x, mixed);
         let normed = ops.rms_norm(&x, &self.mlp_norm, c.rms_norm_eps);
         let mlp = self.mlp.forward(c, ops, normed);

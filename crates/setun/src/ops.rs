@@ -11,8 +11,9 @@
 use std::sync::Arc;
 
 use setun_kernels::Kernels;
+use setun_kernels::delta::DeltaShape;
 
-use crate::config::Activation;
+use crate::config::{Activation, HeadOrder};
 
 /// One linear layer: `y = x · Wᵀ + b`, with the RMS norm and the rotation of its own input that some ternary models put
 /// inside it.
@@ -134,6 +135,66 @@ impl Routing {
     }
 }
 
+/// Shape of one gated DeltaNet layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeltaNet {
+    /// Index of the layer, which selects its state.
+    pub layer: usize,
+    /// Query and key heads.
+    pub key_heads: usize,
+    /// Value heads, a multiple of the key heads.
+    pub value_heads: usize,
+    /// Width of one head, of keys and values alike.
+    pub head_dim: usize,
+    /// Tokens that the convolution sees, the current one included.
+    pub conv_kernel: usize,
+    /// Which value heads share a key head.
+    pub order: HeadOrder,
+}
+
+impl DeltaNet {
+    /// Width of queries, keys and values together: the channels of the convolution.
+    pub fn channels(&self) -> usize {
+        (2 * self.key_heads + self.value_heads) * self.head_dim
+    }
+
+    /// Parameters beside the matrices: convolution, decay, its bias, norm.
+    pub fn vectors(&self) -> usize {
+        self.channels() * self.conv_kernel + 2 * self.value_heads + self.head_dim
+    }
+
+    /// The same for the kernels.
+    pub fn kernel_shape(&self) -> DeltaShape {
+        DeltaShape {
+            key_heads: self.key_heads,
+            value_heads: self.value_heads,
+            head_dim: self.head_dim,
+            tiled: self.order == HeadOrder::Tiled,
+        }
+    }
+
+    /// Floats of the layer's state: the convolution's last inputs, and the matrices of its heads.
+    pub fn state_len(&self) -> [usize; 2] {
+        [(self.conv_kernel - 1) * self.channels(), self.kernel_shape().state_len()]
+    }
+
+    /// Width of the output.
+    pub fn values(&self) -> usize {
+        self.value_heads * self.head_dim
+    }
+}
+
+/// The vectors that a gated DeltaNet layer's state is driven by.
+#[derive(Debug, Clone, Copy)]
+pub struct DeltaWeights<'a, V> {
+    /// Convolution, `[channels, conv_kernel]`, the current token's tap last.
+    pub conv: &'a V,
+    /// `−exp(A_log)`, `[value_heads]`.
+    pub rate: &'a V,
+    /// Added to `alpha` before its softplus, `[value_heads]`.
+    pub dt_bias: &'a V,
+}
+
 /// The operations of one executor.
 pub trait Ops {
     /// Activations of the batch: f32 `[tokens, width]`.
@@ -165,6 +226,24 @@ pub trait Ops {
 
     /// Causal attention within each sequence: `q` `[tokens, heads * head_dim]`, `k` and `v` `[tokens, kv_heads * head_dim]`.
     fn attention(&mut self, q: Self::Buf, k: Self::Buf, v: Self::Buf, shape: Attention) -> Self::Buf;
+
+    /// Each row's pieces of `width` elements, dealt out in turn: the first to one buffer, the second to the other, and so on.
+    fn split(&mut self, x: Self::Buf, width: usize) -> [Self::Buf; 2];
+
+    /// The gated delta rule within each sequence (arXiv 2412.06464), after a causal convolution over time with SiLU. Both have a
+    /// state that is kept beside the KV cache. `qkv` is `[tokens, channels]` (queries, keys, values), `alpha` and `beta` are
+    /// `[tokens, value_heads]`; the result is `[tokens, value_heads * head_dim]`, not normalised.
+    fn delta_net(
+        &mut self,
+        qkv: Self::Buf,
+        alpha: Self::Buf,
+        beta: Self::Buf,
+        weights: DeltaWeights<Self::Vector>,
+        shape: DeltaNet,
+    ) -> Self::Buf;
+
+    /// `sigmoid(gate) * x`.
+    fn sigmoid_gate(&mut self, gate: Self::Buf, x: Self::Buf) -> Self::Buf;
 
     /// `activation(gate) * up`.
     fn gate(&mut self, gate: Self::Buf, up: Self::Buf, activation: Activation) -> Self::Buf;

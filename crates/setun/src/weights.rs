@@ -11,7 +11,7 @@ use setun_kernels::dense::{DenseData, DenseMatrix};
 use setun_kernels::matrix::{Scales, TernaryMatrix};
 use setun_kernels::quant;
 
-use crate::config::{ActivationType, ModelConfig, Numerics, RopeScaling, Storage};
+use crate::config::{ActivationType, HeadOrder, ModelConfig, Numerics, RopeScaling, Storage};
 use crate::error::ModelError;
 use crate::format::{Checkpoint, Llama2cKind, ScaleConvention, Tensor, hf_packed_to_ternary};
 use crate::model::{Model, Role, Source};
@@ -23,6 +23,15 @@ pub enum Weight {
     Ternary(TernaryMatrix),
     /// Floating point, in the type the file stores where a kernel reads it.
     Dense(DenseMatrix),
+}
+
+impl Weight {
+    fn cols(&self) -> usize {
+        match self {
+            Self::Ternary(matrix) => matrix.cols(),
+            Self::Dense(matrix) => matrix.cols(),
+        }
+    }
 }
 
 /// A checkpoint read as the model that `config` describes.
@@ -69,9 +78,14 @@ impl<'a> Weights<'a> {
             }
         };
         self.file.release(&tensor.info);
-        Ok(match self.interleaved_heads(name) {
+        if let Some(heads) = self.interleaved_heads(name) {
+            let from: Vec<usize> = split_pair_rows(heads, self.config.rope.rotary_dim, rows, 1).collect();
+            return Ok(pick_rows(weight, &from));
+        }
+        Ok(match self.value_heads(name) {
             None => weight,
-            Some(heads) => split_pairs(weight, heads, self.config.rope.rotary_dim),
+            Some(Moved::Rows(from)) => pick_rows(weight, &from),
+            Some(Moved::Columns(from)) => pick_columns(weight, &from, whole.name())?,
         })
     }
 
@@ -84,8 +98,18 @@ impl<'a> Weights<'a> {
             return Ok(vec![1.0 / width as f32; width]);
         }
         let tensor = self.file.tensor(&self.stored_name(name))?;
-        expect_shape(&tensor, &[len])?;
+        let shape = vector_shape(self.config, name, len);
+        match (&shape[..], self.file.gguf_metadata()) {
+            // A convolution over one dimension has its inputs per group, of which there is one, in between.
+            (&[channels, taps], None) => expect_shape(&tensor, &[channels, 1, taps])?,
+            _ => expect_shape(&tensor, &shape)?,
+        }
         let mut values = tensor.to_f32()?;
+        if let Some(Moved::Rows(from)) = self.value_heads(name) {
+            let width = len / from.len();
+            values = from.iter().flat_map(|&row| values[row * width..(row + 1) * width].to_vec()).collect();
+        }
+        self.unfold(name, &mut values);
         if let Some(heads) = self.interleaved_heads(name) {
             let rows = split_pair_rows(heads, self.config.rope.rotary_dim, len, 1);
             values = rows.map(|row| values[row]).collect();
@@ -201,7 +225,9 @@ impl<'a> Weights<'a> {
             self.check_tied_copy()?;
         }
         // Derived from the configuration by every reader, or a copy of the embedding.
-        let harmless = |name: &str| name.ends_with(".rotary_emb.inv_freq") || name == "lm_head.weight";
+        let harmless = |name: &str| {
+            name.ends_with(".rotary_emb.inv_freq") || name == "lm_head.weight" || self.is_draft(name)
+        };
         let unused = self.unused()?;
         let missed: Vec<&str> = unused
             .into_iter()
@@ -264,10 +290,18 @@ impl<'a> Weights<'a> {
         Err(ModelError::ConfigValue { field: "quantization_config.linear_class".into(), found, expected })
     }
 
+    /// Whether `name` belongs to a block that only drafts tokens, which nothing here runs.
+    fn is_draft(&self, name: &str) -> bool {
+        let Some(hybrid) = &self.config.hybrid else { return false };
+        let block = name.strip_prefix("blk.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+        let first = self.config.num_layers;
+        block.is_some_and(|n| (first..first + hybrid.draft_layers).contains(&n))
+    }
+
     /// The name under which the file holds what the model calls `name`.
     pub(crate) fn stored_name(&self, name: &str) -> String {
         if self.file.gguf_metadata().is_some() {
-            return gguf_name(name);
+            return gguf_name_in(self.config, name);
         }
         // 1bitLLM's names for the sub-norms.
         let older = name
@@ -290,6 +324,47 @@ impl<'a> Weights<'a> {
                 Some(self.config.kv_heads)
             }
             _ => None,
+        }
+    }
+
+    /// Where the file has the rows or columns of a gated DeltaNet's tensor that belong to value heads, if not in the order that the
+    /// model is run in.
+    fn value_heads(&self, name: &str) -> Option<Moved> {
+        let hybrid = self.config.hybrid.as_ref()?;
+        let gguf = self.file.gguf_metadata().is_some();
+        let stored = if gguf { HeadOrder::Tiled } else { HeadOrder::Grouped };
+        let (_, part) = name.split_once(".linear_attn.")?;
+        if stored == hybrid.order || hybrid.key_heads == hybrid.value_heads {
+            return None;
+        }
+        let heads = hybrid.order.places(stored, hybrid.key_heads, hybrid.value_heads);
+        let rows = |width: usize| heads.iter().flat_map(move |&head| head * width..(head + 1) * width);
+        let keys = 2 * hybrid.key_heads * hybrid.head_dim;
+        match part.split('.').next()? {
+            "in_proj_qkv" | "conv1d" => {
+                Some(Moved::Rows((0..keys).chain(rows(hybrid.head_dim).map(|row| keys + row)).collect()))
+            }
+            "in_proj_z" => Some(Moved::Rows(rows(hybrid.head_dim).collect())),
+            "in_proj_a" | "in_proj_b" | "A_log" | "dt_bias" => Some(Moved::Rows(heads)),
+            "out_proj" => {
+                let rotation = self.config.rotation.as_ref();
+                let kept = rotation.is_some_and(|r| r.keeps_groups() && r.folds(&self.stored_name(name)));
+                (!kept).then(|| Moved::Columns(rows(hybrid.head_dim).collect()))
+            }
+            _ => None,
+        }
+    }
+
+    /// Hugging Face keeps this family's norms as their distance from 1, and the logarithm of the rate of decay; GGUF keeps what
+    /// is computed with.
+    fn unfold(&self, name: &str, values: &mut [f32]) {
+        if self.config.hybrid.is_none() || self.file.gguf_metadata().is_some() {
+            return;
+        }
+        if name.ends_with("norm.weight") && !name.ends_with("linear_attn.norm.weight") {
+            values.iter_mut().for_each(|w| *w += 1.0);
+        } else if name.ends_with("linear_attn.A_log") {
+            values.iter_mut().for_each(|a| *a = -setun_kernels::float::exp(*a));
         }
     }
 
@@ -379,10 +454,20 @@ pub(crate) fn gguf_name(name: &str) -> String {
         ("mlp.up_proj", "ffn_up"),
         ("mlp.down_proj", "ffn_down"),
         ("mlp.ffn_sub_norm", "ffn_sub_norm"),
+        ("linear_attn.in_proj_qkv", "attn_qkv"),
+        ("linear_attn.in_proj_z", "attn_gate"),
+        ("linear_attn.in_proj_b", "ssm_beta"),
+        ("linear_attn.in_proj_a", "ssm_alpha"),
+        ("linear_attn.conv1d", "ssm_conv1d"),
+        ("linear_attn.A_log", "ssm_a"),
+        ("linear_attn.dt_bias", "ssm_dt.bias"),
+        ("linear_attn.norm", "ssm_norm"),
+        ("linear_attn.out_proj", "ssm_out"),
     ];
     let renamed = |rest: &str, table: &[(&str, &str)]| {
         table.iter().find_map(|(from, to)| {
-            rest.strip_prefix(from).filter(|tail| tail.starts_with('.')).map(|tail| format!("{to}{tail}"))
+            let tail = rest.strip_prefix(from).filter(|tail| tail.is_empty() || tail.starts_with('.'));
+            tail.map(|tail| format!("{to}{tail}"))
         })
     };
     if let Some((layer, _, kind)) = experts::parse(name) {
@@ -395,6 +480,31 @@ pub(crate) fn gguf_name(name: &str) -> String {
         None => renamed(name, WHOLE),
     }
     .unwrap_or_else(|| name.to_owned())
+}
+
+/// [`gguf_name`], with what single families call differently.
+pub(crate) fn gguf_name_in(config: &ModelConfig, name: &str) -> String {
+    let stored = gguf_name(name);
+    match config.hybrid.is_some() {
+        true => stored.replace(".ffn_norm.", ".post_attention_norm."),
+        false => stored,
+    }
+}
+
+/// The shape in which GGUF keeps the vector `name` of `len` elements: a convolution's taps are a dimension of their own.
+pub(crate) fn vector_shape(config: &ModelConfig, name: &str, len: usize) -> Vec<usize> {
+    match &config.hybrid {
+        Some(hybrid) if name.ends_with("linear_attn.conv1d.weight") => {
+            vec![len / hybrid.conv_kernel, hybrid.conv_kernel]
+        }
+        _ => vec![len],
+    }
+}
+
+/// The source of every row or column.
+enum Moved {
+    Rows(Vec<usize>),
+    Columns(Vec<usize>),
 }
 
 fn expect_shape(tensor: &Tensor, expected: &[usize]) -> Result<(), ModelError> {
@@ -467,41 +577,61 @@ pub(crate) fn split_pair_rows(
     })
 }
 
-fn split_pairs(weight: Weight, heads: usize, rotary: usize) -> Weight {
-    let split = |rows, width| split_pair_rows(heads, rotary, rows, width);
+/// The rows of `weight` in the order `from`, which names each once.
+fn pick_rows(weight: Weight, from: &[usize]) -> Weight {
+    let pick = |width: usize| from.iter().flat_map(move |&row| row * width..(row + 1) * width);
+    let (rows, cols) = (from.len(), weight.cols());
     match weight {
         Weight::Dense(matrix) => {
-            let (rows, cols) = (matrix.rows(), matrix.cols());
-            let elements = || split(rows, cols);
             let data = match matrix.data() {
-                DenseData::F32(values) => DenseData::F32(elements().map(|i| values[i]).collect()),
-                DenseData::F16(values) => DenseData::F16(elements().map(|i| values[i]).collect()),
-                DenseData::BF16(values) => DenseData::BF16(elements().map(|i| values[i]).collect()),
+                DenseData::F32(values) => DenseData::F32(pick(cols).map(|i| values[i]).collect()),
+                DenseData::F16(values) => DenseData::F16(pick(cols).map(|i| values[i]).collect()),
+                DenseData::BF16(values) => DenseData::BF16(pick(cols).map(|i| values[i]).collect()),
                 DenseData::Q8_0(bytes) => {
                     let row_bytes = bytes.len() / rows.max(1);
-                    DenseData::Q8_0(split(rows, row_bytes).map(|i| bytes[i]).collect())
+                    DenseData::Q8_0(pick(row_bytes).map(|i| bytes[i]).collect())
                 }
             };
             Weight::Dense(DenseMatrix::new(rows, cols, data).expect("rows are only reordered"))
         }
         Weight::Ternary(matrix) => {
-            let rows = matrix.rows();
-            let codes = split(rows, matrix.row_bytes()).map(|i| matrix.codes()[i]).collect();
+            let codes = pick(matrix.row_bytes()).map(|i| matrix.codes()[i]).collect();
             let scales = match matrix.scales() {
                 Scales::Tensor(scale) => Scales::Tensor(*scale),
-                Scales::Row(values) => Scales::Row(split(rows, 1).map(|r| values[r]).collect()),
-                Scales::Block { rows: 1, cols, values } => {
-                    let per_row = matrix.cols().div_ceil(*cols);
-                    let values = split(rows, per_row).map(|i| values[i]).collect();
-                    Scales::Block { rows: 1, cols: *cols, values }
+                Scales::Row(values) => Scales::Row(pick(1).map(|r| values[r]).collect()),
+                Scales::Block { rows: 1, cols: width, values } => {
+                    let values = pick(cols.div_ceil(*width)).map(|i| values[i]).collect();
+                    Scales::Block { rows: 1, cols: *width, values }
                 }
                 // Blocks of several rows could only be reordered whole; no reader makes them for these families.
                 block @ Scales::Block { .. } => block.clone(),
             };
-            let matrix = TernaryMatrix::new(rows, matrix.cols(), codes, scales);
+            let matrix = TernaryMatrix::new(rows, cols, codes, scales);
             Weight::Ternary(matrix.expect("rows are only reordered"))
         }
     }
+}
+
+/// The columns of `weight` in the order `from`, which names each once.
+fn pick_columns(weight: Weight, from: &[usize], stored: &str) -> Result<Weight, ModelError> {
+    fn pick<T: Copy>(values: &[T], from: &[usize]) -> Vec<T> {
+        values.chunks_exact(from.len()).flat_map(|row| from.iter().map(|&col| row[col])).collect()
+    }
+    let refuse = || {
+        let what = "its columns would have to be put into another order of heads, which is done for floats alone: keep the \
+                    container it is in";
+        Err(ModelError::tensor(stored, what))
+    };
+    let Weight::Dense(matrix) = weight else { return refuse() };
+    let data = match matrix.data() {
+        DenseData::F32(values) => DenseData::F32(pick(values, from)),
+        DenseData::F16(values) => DenseData::F16(pick(values, from)),
+        DenseData::BF16(values) => DenseData::BF16(pick(values, from)),
+        DenseData::Q8_0(_) => return refuse(),
+    };
+    Ok(Weight::Dense(
+        DenseMatrix::new(matrix.rows(), matrix.cols(), data).expect("columns are only reordered"),
+    ))
 }
 
 #[cfg(test)]
@@ -520,6 +650,9 @@ mod tests {
             ("model.layers.7.mlp.experts.0.down_proj.weight", "blk.7.ffn_down_exps.weight"),
             ("model.layers.2.self_attn.k_norm.weight", "blk.2.attn_k_norm.weight"),
             ("model.layers.3.mlp.up_proj.rms_norm.weight", "blk.3.ffn_up.rms_norm.weight"),
+            ("model.layers.5.linear_attn.in_proj_qkv.weight", "blk.5.attn_qkv.weight"),
+            ("model.layers.5.linear_attn.A_log", "blk.5.ssm_a"),
+            ("model.layers.5.linear_attn.dt_bias", "blk.5.ssm_dt.bias"),
         ] {
             assert_eq!(gguf_name(name), gguf);
         }

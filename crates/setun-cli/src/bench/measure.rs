@@ -93,7 +93,7 @@ fn prefill(engine: &Engine, plan: &Plan, tokens: usize) -> Result<Run, ModelErro
     let mut session = engine.session(plan.kv, Some(tokens));
     session.feed(&ids)?; // Brings pages and caches into the state they keep.
     let mut time = || {
-        session.truncate(0);
+        session.clear();
         let started = Instant::now();
         session.feed(&ids)?;
         Ok(started.elapsed().as_secs_f64())
@@ -113,7 +113,10 @@ fn decode(engine: &Engine, plan: &Plan, tokens: usize) -> Result<Run, ModelError
     session.feed(context)?;
     session.feed(&ids[..1])?;
     let mut time = || {
-        session.truncate(plan.depth);
+        let known = session.truncate(plan.depth);
+        if known < plan.depth {
+            session.feed(&context[known..])?; // Recurrent layers go back to the end of a prompt at best.
+        }
         let started = Instant::now();
         for id in ids {
             session.feed(std::slice::from_ref(id))?;
@@ -181,13 +184,6 @@ struct Work {
 
 impl Work {
     fn of_prefill(c: &ModelConfig, tokens: usize, activations: ActivationType) -> Self {
-        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let matrices = [
-            ("self_attn.q_proj", c.hidden_size, q),
-            ("self_attn.k_proj", c.hidden_size, kv),
-            ("self_attn.v_proj", c.hidden_size, kv),
-            ("self_attn.o_proj", q, c.hidden_size),
-        ];
         let mut work = Self { int8_macs: 0.0, float_flops: 0.0 };
         let mut product = |name: &str, rows: usize, macs: f64| match c.is_ternary(name)
             && activations == ActivationType::Int8
@@ -196,14 +192,18 @@ impl Work {
             false => work.float_flops += 2.0 * rows as f64 * macs,
         };
         for n in 0..c.num_layers {
-            for (name, inputs, outputs) in matrices {
+            for (name, outputs, inputs) in c.mixer_weights(n) {
                 product(&format!("model.layers.{n}.{name}"), tokens, (inputs * outputs) as f64);
             }
             // One expert stands for all: the experts of a token are as wide together as their number says.
             let (mlp, width) = match c.experts_in(n) {
                 None => (format!("model.layers.{n}.mlp"), c.intermediate_size),
                 Some(experts) => {
-                    product(&format!("model.layers.{n}.mlp.gate"), tokens, (c.hidden_size * experts.count) as f64);
+                    product(
+                        &format!("model.layers.{n}.mlp.gate"),
+                        tokens,
+                        (c.hidden_size * experts.count) as f64,
+                    );
                     (format!("model.layers.{n}.mlp.experts.0"), experts.used * experts.intermediate_size)
                 }
             };
@@ -212,9 +212,15 @@ impl Work {
             }
         }
         product("lm_head", 1, (c.hidden_size * c.vocab_size) as f64);
-        for window in &c.windows {
-            let seen: usize = (1..=tokens).map(|t| window.map_or(t, |w| t.min(w))).sum();
-            work.float_flops += 4.0 * (seen * q) as f64;
+        for (n, window) in c.windows.iter().enumerate() {
+            work.float_flops += match c.delta_net(n) {
+                // Two products with the state and its update, the decay in one of them.
+                Some(net) => 7.0 * (tokens * net.values() * net.head_dim) as f64,
+                None => {
+                    let seen: usize = (1..=tokens).map(|t| window.map_or(t, |w| t.min(w))).sum();
+                    4.0 * (seen * c.heads * c.head_dim) as f64
+                }
+            };
         }
         work
     }

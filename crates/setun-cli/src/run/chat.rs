@@ -54,12 +54,16 @@ pub fn converse(speaker: Speaker, mut session: Session, sampling: Sampling) -> R
         };
         // At least one token is fed, so that there are logits to sample from.
         let common = ids.iter().zip(&seen).take_while(|(a, b)| a == b).count().min(ids.len() - 1);
-        session.truncate(common);
+        // Recurrent layers go back to the end of a prompt at best.
+        let known = session.truncate(common);
         interrupt.begin();
+        let again = if known < common { session.feed(&ids[known..common]).map(drop) } else { Ok(()) };
         let max_tokens = speaker.args.tokens.unwrap_or(usize::MAX);
-        let told = speaker.generate(&mut session, &ids[common..], &mut sampler, max_tokens, &mut |text| {
-            output::print(text)?;
-            Ok(!interrupt.asked())
+        let told = again.map_err(anyhow::Error::from).and_then(|()| {
+            speaker.generate(&mut session, &ids[common..], &mut sampler, max_tokens, &mut |text| {
+                output::print(text)?;
+                Ok(!interrupt.asked())
+            })
         });
         interrupt.end();
         let told = match told {
@@ -69,7 +73,7 @@ pub fn converse(speaker: Speaker, mut session: Session, sampling: Sampling) -> R
             Err(error) => {
                 eprintln!("error: {}", output::one_line(&error));
                 messages.pop();
-                session.truncate(0);
+                session.clear();
                 seen.clear();
                 continue;
             }

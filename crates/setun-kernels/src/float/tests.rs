@@ -79,7 +79,7 @@ fn dot_is_sixteen_fused_chains_folded_in_a_fixed_tree() {
 fn every_instruction_set_gives_the_bits_of_scalar() {
     let scalar = Kernels::by_name("scalar").unwrap();
     type Operation = fn(&Kernels, &[f32], &[f32]) -> Vec<f32>;
-    let operations: [(&str, Operation); 13] = [
+    let operations: [(&str, Operation); 14] = [
         ("dot", |k, a, b| vec![k.dot(a, b)]),
         ("sum_of_squares", |k, a, _| vec![k.sum_of_squares(a)]),
         ("rms_norm", |k, a, b| {
@@ -105,6 +105,11 @@ fn every_instruction_set_gives_the_bits_of_scalar() {
         ("silu_gate", |k, a, b| {
             let mut out = vec![7.0; a.len()];
             k.silu_gate(a, b, &mut out);
+            out
+        }),
+        ("sigmoid_gate", |k, a, b| {
+            let mut out = vec![7.0; a.len()];
+            k.sigmoid_gate(a, b, &mut out);
             out
         }),
         ("relu2_gate", |k, a, b| {
@@ -210,6 +215,10 @@ fn norms_gates_and_softmax_are_close_to_f64() {
     let mean = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / 1000.0;
     for i in 0..1000 {
         close(out[i], f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(w[i]), "rms_norm");
+    }
+    k.sigmoid_gate(&x, &w, &mut out);
+    for (i, &g) in x.iter().enumerate() {
+        close(out[i], f64::from(w[i]) / (1.0 + f64::from(-g).exp()), "sigmoid_gate");
     }
     k.silu_gate(&x, &w, &mut out);
     for i in 0..1000 {

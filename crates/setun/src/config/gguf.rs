@@ -7,8 +7,8 @@ use setun_kernels::matrix::Scales;
 
 use super::rope::{Rope, RopeScaling, yarn_attention};
 use super::{
-    Activation, ActivationType, Experts, Family, ModelConfig, Numerics, Rotation, Storage, Ternary,
-    contradictions, known, value_error,
+    Activation, ActivationType, Experts, Family, HeadOrder, Hybrid, ModelConfig, Numerics, Rotation, Storage,
+    Ternary, contradictions, known, value_error,
 };
 use crate::error::ModelError;
 use crate::format::gguf::{Array, Metadata, Value, required};
@@ -21,6 +21,7 @@ const ARCHITECTURES: &[(&str, Family)] = &[
     ("qwen2", Family::Qwen2),
     ("qwen3", Family::Qwen3),
     ("qwen3moe", Family::Qwen3Moe),
+    ("qwen35", Family::Qwen35),
     ("bitnet-b1.58", Family::BitNet),
     ("bitnet-25", Family::BitNet),
     ("bitnet", Family::BitNetSilu),
@@ -34,7 +35,7 @@ impl ModelConfig {
     pub fn from_gguf(file: &Checkpoint, meta: &Metadata) -> Result<Self, ModelError> {
         let arch = required("general.architecture", meta.str("general.architecture")?)?;
         let &(_, family) = ARCHITECTURES.iter().find(|(name, _)| *name == arch).ok_or_else(|| {
-            let expected = "one of `llama`, `qwen2`, `qwen3`, `qwen3moe`, `bitnet`, `bitnet-25` and `bitnet-b1.58`, the ones this version runs";
+            let expected = "one of `llama`, `qwen2`, `qwen3`, `qwen3moe`, `qwen35`, `bitnet`, `bitnet-25` and `bitnet-b1.58`, the ones this version runs";
             value_error("general.architecture", arch, expected.to_owned() + &known::in_gguf(arch))
         })?;
         let keys = Keys { meta, arch };
@@ -42,12 +43,21 @@ impl ModelConfig {
             (Family::Llama, Some(1..)) => Family::Mistral,
             _ => family,
         };
-        let num_layers = keys.need_size("block_count")?;
+        let mut num_layers = keys.need_size("block_count")?;
+        let mut hybrid = match family {
+            Family::Qwen35 => Some(hybrid(&keys, num_layers)?),
+            _ => None,
+        };
+        num_layers -= hybrid.as_ref().map_or(0, |h| h.draft_layers);
         if file.info("blk.0.attn_q_norm_in.weight").is_some() {
             let expected = "absent, since norms inside linear layers are not read from GGUF under this name";
             return Err(value_error("blk.0.attn_q_norm_in.weight", "there", expected));
         }
         let rotation = Rotation::from_gguf(file, meta, family, num_layers)?;
+        if let (Some(hybrid), true) = (&mut hybrid, rotation.as_ref().is_some_and(Rotation::keeps_groups)) {
+            // Their output projections are stored for heads in this order, which no fold can be taken back from.
+            hybrid.order = HeadOrder::Grouped;
+        }
         let need_uniform = |key: &str| required(&keys.name(key), keys.per_layer(key, num_layers)?);
         let (hidden_size, heads) =
             (keys.need_size("embedding_length")?, need_uniform("attention.head_count")?);
@@ -107,7 +117,9 @@ impl ModelConfig {
                 true => Some(keys.float("attention.inner_norm_rms_epsilon")?.unwrap_or(1e-6)),
                 false => None,
             },
-            qk_norm: matches!(family, Family::Qwen3 | Family::Qwen3Moe),
+            qk_norm: family.has_qk_norm(),
+            attention_gate: family == Family::Qwen35,
+            hybrid,
             qkv_bias: has("blk.0.attn_q.bias"),
             output_bias: has("blk.0.attn_output.bias"),
             mlp_bias: has("blk.0.ffn_up.bias"),
@@ -132,6 +144,7 @@ impl ModelConfig {
             (Family::Qwen2, _) => "qwen2",
             (Family::Qwen3, _) => "qwen3",
             (Family::Qwen3Moe, _) => "qwen3moe",
+            (Family::Qwen35, _) => "qwen35",
             (Family::Llama | Family::Mistral, _) => "llama",
         };
         if !self.sub_norms && self.activation != Activation::Silu {
@@ -141,7 +154,7 @@ impl ModelConfig {
                 format!("what GGUF `{arch}` fixes"),
             ));
         }
-        if self.qk_norm != matches!(self.family, Family::Qwen3 | Family::Qwen3Moe) {
+        if self.qk_norm != self.family.has_qk_norm() {
             return Err(value_error("q_norm", self.qk_norm, format!("what GGUF `{arch}` fixes")));
         }
         let window = self.windows[0];
@@ -206,6 +219,9 @@ impl ModelConfig {
             RopeScaling::Dynamic { .. } => {
                 return Err(value_error("rope_scaling.rope_type", "dynamic", "a type GGUF has a name for"));
             }
+        }
+        if let Some(hybrid) = &self.hybrid {
+            hybrid_keys(hybrid, &mut put);
         }
         out.extend(self.rotation.iter().flat_map(Rotation::to_gguf));
         Ok(out)
@@ -310,9 +326,97 @@ fn no_experts(keys: &Keys) -> Result<Option<Experts>, ModelError> {
     match keys.size("expert_count")?.filter(|&n| n > 0) {
         None => Ok(None),
         Some(experts) => {
-            let expected = format!("absent or 0: mixtures of experts are run in `qwen3moe`, not in `{}`", keys.arch);
+            let expected =
+                format!("absent or 0: mixtures of experts are run in `qwen3moe`, not in `{}`", keys.arch);
             Err(value_error(&keys.name("expert_count"), experts, expected))
         }
+    }
+}
+
+/// The gated DeltaNet layers of a `qwen35` file with `blocks` blocks, those for drafting included.
+fn hybrid(keys: &Keys, blocks: usize) -> Result<Hybrid, ModelError> {
+    let draft_layers = keys.size("nextn_predict_layers")?.unwrap_or(0);
+    let Some(own @ 1..) = blocks.checked_sub(draft_layers) else {
+        let expected = format!("below {} = {blocks}, which counts them", keys.name("block_count"));
+        return Err(value_error(&keys.name("nextn_predict_layers"), draft_layers, expected));
+    };
+    let own = own.min(super::MAX_LAYERS);
+    let recurrent = keys.name("attention.recurrent_layers");
+    let interval = keys.size("full_attention_interval")?;
+    let layers = match (keys.meta.get(&recurrent), interval) {
+        (Some(Value::Array(Array::Bool(list))), _) if list.len() >= own && list.len() <= blocks => {
+            list[..own].to_vec()
+        }
+        (Some(_), _) => {
+            return Err(value_error(
+                &recurrent,
+                "something else",
+                format!("{blocks} booleans, one per block"),
+            ));
+        }
+        (None, Some(interval @ 1..)) => (1..=own).map(|n| n % interval != 0).collect(),
+        (None, Some(0)) => {
+            return Err(value_error(&keys.name("full_attention_interval"), 0, "at least 1"));
+        }
+        (None, None) => return Err(missing(keys, "full_attention_interval")),
+    };
+    // Defaults for these are other families'.
+    for key in ["attention.key_length", "attention.head_count_kv", "rope.dimension_count", "rope.freq_base"] {
+        if keys.meta.get(&keys.name(key)).is_none() {
+            return Err(missing(keys, key));
+        }
+    }
+    let (value_heads, head_dim) = (keys.need_size("ssm.time_step_rank")?, keys.need_size("ssm.state_size")?);
+    let inner = keys.need_size("ssm.inner_size")?;
+    if value_heads.checked_mul(head_dim) != Some(inner) {
+        let expected = format!("ssm.time_step_rank times ssm.state_size, {value_heads} times {head_dim}");
+        return Err(value_error(&keys.name("ssm.inner_size"), inner, expected));
+    }
+    let sections = match keys.meta.get(&keys.name("rope.dimension_sections")) {
+        None => Vec::new(),
+        Some(value) => {
+            let list = value.as_array().and_then(Array::to_u64s).unwrap_or_default();
+            let sections: Vec<u32> = list.iter().filter_map(|&n| u32::try_from(n).ok()).collect();
+            if sections.is_empty() || sections.len() != list.len() || list.len() > 4 {
+                let expected = "up to four numbers of rotary pairs";
+                return Err(value_error(&keys.name("rope.dimension_sections"), "something else", expected));
+            }
+            sections
+        }
+    };
+    Ok(Hybrid {
+        layers,
+        key_heads: keys.need_size("ssm.group_count")?,
+        value_heads,
+        head_dim,
+        conv_kernel: keys.need_size("ssm.conv_kernel")?,
+        order: HeadOrder::Tiled,
+        draft_layers,
+        rope_sections: sections,
+    })
+}
+
+fn missing(keys: &Keys, key: &str) -> ModelError {
+    ModelError::Metadata { key: keys.name(key), what: "is missing".into() }
+}
+
+/// What [`hybrid`] reads back.
+fn hybrid_keys(hybrid: &Hybrid, put: &mut impl FnMut(&str, Value)) {
+    let size = |n: usize| Value::U32(n as u32);
+    put("ssm.conv_kernel", size(hybrid.conv_kernel));
+    put("ssm.state_size", size(hybrid.head_dim));
+    put("ssm.group_count", size(hybrid.key_heads));
+    put("ssm.time_step_rank", size(hybrid.value_heads));
+    put("ssm.inner_size", size(hybrid.value_heads * hybrid.head_dim));
+    // Readers that know no list of layers know the interval, which most models have.
+    let first = hybrid.layers.iter().position(|own| !own).map_or(hybrid.layers.len() + 1, |n| n + 1);
+    put("full_attention_interval", size(first));
+    if hybrid.layers.iter().enumerate().any(|(n, &own)| own != !(n + 1).is_multiple_of(first)) {
+        put("attention.recurrent_layers", Value::Array(Array::Bool(hybrid.layers.clone())));
+    }
+    if !hybrid.rope_sections.is_empty() {
+        let sections = hybrid.rope_sections.iter().map(|&n| n as i32).collect();
+        put("rope.dimension_sections", Value::Array(Array::I32(sections)));
     }
 }
 
@@ -337,8 +441,7 @@ fn numerics(file: &Checkpoint, family: Family, rotated: bool) -> Numerics {
     let any_of = |names: &[&str]| types.iter().any(|t| names.iter().any(|name| t.name().starts_with(name)));
     let weights_alone = rotated
         || any_of(&WEIGHT_ONLY)
-        || !any_of(&BITNET)
-            && (matches!(family, Family::Qwen3 | Family::Qwen3Moe) || !bitnet && has_several_scales(file));
+        || !any_of(&BITNET) && (family.has_qk_norm() || !bitnet && has_several_scales(file));
     let activations = match weights_alone && !bitnet {
         true => ActivationType::Float,
         false => ActivationType::Int8,

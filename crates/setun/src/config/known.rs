@@ -13,18 +13,32 @@ struct Known {
 
 const KNOWN: &[Known] = &[
     Known {
-        classes: &["Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"],
-        types: &["qwen3_next", "qwen3_5", "qwen3_5_text", "prism_hadamard_qwen35"],
-        architectures: &["qwen35", "qwen3next"],
-        name: "the Qwen3.5 hybrid (Ternary-Bonsai-27B)",
-        missing: "its linear-attention layers (gated DeltaNet) with their recurrent state",
+        classes: &["Qwen3NextForCausalLM"],
+        types: &["qwen3_next"],
+        architectures: &["qwen3next"],
+        name: "Qwen3-Next",
+        missing: "the joint projections of its gated DeltaNets and the expert that all tokens share",
+    },
+    Known {
+        classes: &["Qwen3_5ForConditionalGeneration"],
+        types: &["qwen3_5"],
+        architectures: &[],
+        name: "Qwen3.5 with images",
+        missing: "its image encoder and the settings nested in `text_config` (take the text model's own folder or GGUF file)",
+    },
+    Known {
+        classes: &[],
+        types: &["prism_hadamard_qwen35"],
+        architectures: &[],
+        name: "the MLX pack of Ternary-Bonsai-2-27B",
+        missing: "rotations outside of GGUF (take the model's GGUF file)",
     },
     Known {
         classes: &["Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"],
         types: &["qwen3_5_moe", "qwen3_5_moe_text"],
         architectures: &["qwen35moe"],
         name: "the Qwen3.5-MoE hybrid",
-        missing: "its linear-attention layers (gated DeltaNet) and the expert that all tokens share",
+        missing: "the expert that all tokens share",
     },
     Known {
         classes: &["Gemma3ForCausalLM", "Gemma3TextModel", "Gemma3ForConditionalGeneration"],

@@ -21,8 +21,19 @@ const AXIS: &str = "input-last-dimension";
 const EMBEDDING: &str = "token_embd.weight";
 const HEAD: &str = "output.weight";
 
-/// Layers of a block whose inputs this version rotates.
-const LAYERS: [&str; 7] = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
+/// Layers of a block whose inputs this version rotates; the last three are those of gated DeltaNets.
+const LAYERS: [&str; 10] = [
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_output",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_down",
+    "attn_qkv",
+    "attn_gate",
+    "ssm_out",
+];
 
 const KEYS: [&str; 11] = [
     "version",
@@ -53,6 +64,9 @@ pub struct Rotation {
     latent_embedding: bool,
     /// Whether the embedding is the head as well (version 2).
     tied_output: bool,
+    /// Whether folded output projections of gated DeltaNets take their heads in grouped order, in which they were folded
+    /// (`gdn_v_grouped`), and not in the order that GGUF has everywhere else.
+    keeps_groups: bool,
 }
 
 impl Rotation {
@@ -78,15 +92,15 @@ impl Rotation {
             let what = "is not known, and a rotation that is half understood gives nonsense".to_owned();
             return Err(ModelError::Metadata { key: unknown.to_owned(), what });
         }
-        if !matches!(family, Family::Llama | Family::Mistral | Family::Qwen3) {
+        if !matches!(family, Family::Llama | Family::Mistral | Family::Qwen3 | Family::Qwen35) {
             let found = format!("{family:?}, with rotated weights (`{PREFIX}*`)");
             return Err(value_error(
                 "general.architecture",
                 found,
-                "`llama` or `qwen3`, whose rotation this version runs",
+                "`llama`, `qwen3` or `qwen35`, whose rotation this version runs",
             ));
         }
-        Declaration { file, meta, layers }.read().map(Some)
+        Declaration { file, meta, layers, hybrid: family == Family::Qwen35 }.read().map(Some)
     }
 
     /// The rotation of the input of the linear layer that Hugging Face calls `name`, `cols` wide; `None` if it is not folded.
@@ -114,6 +128,16 @@ impl Rotation {
     /// Inputs that are mixed with one another.
     pub fn block(&self) -> usize {
         self.block
+    }
+
+    /// Whether folded output projections of gated DeltaNets take their heads in grouped order.
+    pub(crate) fn keeps_groups(&self) -> bool {
+        self.keeps_groups
+    }
+
+    /// Whether the tensor that GGUF calls `name` is folded.
+    pub(crate) fn folds(&self, name: &str) -> bool {
+        self.folded.contains(name)
     }
 
     fn of_width(&self, tensor: &str, width: usize) -> Result<Rotate, ModelError> {
@@ -152,8 +176,10 @@ impl Rotation {
         out.push(("weight_names", names(self.folded.iter().cloned().collect())));
         let latent = self.latent_embedding.then(|| EMBEDDING.to_owned());
         out.push(("inverse_weight_names", names(latent.into_iter().collect())));
-        if self.tied_output {
-            out.push(("tied_output", Value::Bool(true)));
+        for (key, _) in
+            [("gdn_v_grouped", self.keeps_groups), ("tied_output", self.tied_output)].iter().filter(|f| f.1)
+        {
+            out.push((key, Value::Bool(true)));
         }
         out.into_iter().map(|(key, value)| (format!("{PREFIX}{key}"), value)).collect()
     }
@@ -164,6 +190,8 @@ struct Declaration<'a> {
     file: &'a Checkpoint,
     meta: &'a Metadata,
     layers: usize,
+    /// Whether there are gated DeltaNet layers.
+    hybrid: bool,
 }
 
 impl Declaration<'_> {
@@ -178,7 +206,8 @@ impl Declaration<'_> {
         self.text("transform", &[TRANSFORM])?;
         self.text("axis", &[AXIS])?;
         let explicit = self.text("sign_mode", &["explicit", "identity"])? == "explicit";
-        if self.meta.bool(&key("gdn_v_grouped"))? == Some(true) {
+        let keeps_groups = self.meta.bool(&key("gdn_v_grouped"))?.unwrap_or(false);
+        if keeps_groups && !self.hybrid {
             return Err(wrong("gdn_v_grouped", true, "false in an architecture without linear attention"));
         }
         let block = required(&key("block_size"), self.meta.u64(&key("block_size"))?)?;
@@ -196,7 +225,8 @@ impl Declaration<'_> {
             let found = format!("`{}`", shown(name));
             return Err(wrong("inverse_weight_names", found, format!("`{EMBEDDING}` alone")));
         }
-        let rotation = Rotation { block, signs, latent_embedding: !inverse.is_empty(), tied_output, folded };
+        let latent_embedding = !inverse.is_empty();
+        let rotation = Rotation { block, signs, latent_embedding, tied_output, keeps_groups, folded };
         self.check(&rotation)?;
         Ok(rotation)
     }
@@ -224,7 +254,7 @@ impl Declaration<'_> {
         }
         for name in &rotation.folded {
             if !self.is_layer(name) {
-                let kinds = LAYERS.join(", ");
+                let kinds = self.kinds().join(", ");
                 let expected = format!(
                     "`{HEAD}` or `blk.N.KIND.weight`, KIND one of {kinds} and N below {}",
                     self.layers
@@ -247,13 +277,17 @@ impl Declaration<'_> {
         Ok(())
     }
 
+    fn kinds(&self) -> &'static [&'static str] {
+        if self.hybrid { &LAYERS } else { &LAYERS[..LAYERS.len() - 3] }
+    }
+
     fn is_layer(&self, name: &str) -> bool {
         if name == HEAD {
             return true;
         }
         let parts = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
         let Some((number, kind)) = parts else { return false };
-        let known = kind.strip_suffix(".weight").is_some_and(|kind| LAYERS.contains(&kind));
+        let known = kind.strip_suffix(".weight").is_some_and(|kind| self.kinds().contains(&kind));
         // The name must be the tensor's own, so `blk.01` and `blk.+1` are none.
         known && number.parse::<usize>().is_ok_and(|n| n < self.layers && n.to_string() == number)
     }

@@ -11,7 +11,7 @@ use crate::format::gguf::{Array, Metadata, Value};
 use crate::format::{Encoding, TensorSpec};
 use crate::recommended::Recommended;
 use crate::tokenizer::Tokenizer;
-use crate::weights::{experts, gguf_name};
+use crate::weights::{experts, gguf_name_in, vector_shape};
 
 /// The header, the tensors in the order of the file, and whether there is a tokenizer.
 pub(super) fn prepare(
@@ -46,6 +46,13 @@ fn check(job: &Job) -> Result<(), ModelError> {
         let encoding = "part of a GGUF model".to_owned();
         Err(ModelError::CannotEncode { name: planned.name.clone(), encoding, why: why.into() })
     };
+    if job.config.hybrid.as_ref().is_some_and(|h| h.draft_layers > 0) && !job.options.lossy {
+        return Err(ModelError::ConfigValue {
+            field: "nextn_predict_layers".into(),
+            found: "blocks that only draft tokens".into(),
+            expected: "0, since they would be left out: allow it (--lossy)".into(),
+        });
+    }
     for planned in job.planned {
         if planned.ternary && !planned.is_block_linear() && !job.is_weight_only() {
             return refuse(
@@ -98,17 +105,22 @@ fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
         if !cols.is_multiple_of(encoding.block_len()) {
             return Err(no_whole_blocks(planned, cols, &encoding));
         }
+        let name = gguf_name_in(job.config, &planned.name);
         if experts::parse(&planned.name).is_some() {
-            match stacks.get(&gguf_name(&planned.name)) {
+            match stacks.get(&name) {
                 Some(&at) => add_expert(&mut items[at], index, planned, encoding)?,
                 None => {
-                    stacks.insert(gguf_name(&planned.name), items.len());
-                    items.push(first_expert(index, planned, encoding)?);
+                    stacks.insert(name.clone(), items.len());
+                    items.push(first_expert(name, index, planned, encoding)?);
                 }
             }
             continue;
         }
-        let spec = TensorSpec { name: gguf_name(&planned.name), shape: planned.shape.clone(), encoding };
+        let shape = match planned.role {
+            Some(_) => planned.shape.clone(),
+            None => vector_shape(job.config, &planned.name, cols),
+        };
+        let spec = TensorSpec { name, shape, encoding };
         let interleave = match job.config.gguf_interleaves_rotary_pairs() {
             true => heads(job.config, &planned.name),
             false => None,
@@ -127,7 +139,12 @@ fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
 }
 
 /// The stack of which `planned` is the first matrix.
-fn first_expert(index: usize, planned: &Planned, encoding: Encoding) -> Result<Item, ModelError> {
+fn first_expert(
+    stored: String,
+    index: usize,
+    planned: &Planned,
+    encoding: Encoding,
+) -> Result<Item, ModelError> {
     if encoding == Encoding::I2S {
         let why = "I2_S has one scale for a tensor, but a stack of experts has one for each: use --to hf, or, where activations \
                    are float, tq1_0, tq2_0, q2_0, pq2_0 or ptq1_0";
@@ -135,7 +152,7 @@ fn first_expert(index: usize, planned: &Planned, encoding: Encoding) -> Result<I
         return Err(ModelError::CannotEncode { name, encoding: encoding.to_string(), why: why.into() });
     }
     let shape = vec![1, planned.shape[0], planned.shape[1]];
-    let spec = TensorSpec { name: gguf_name(&planned.name), shape, encoding };
+    let spec = TensorSpec { name: stored, shape, encoding };
     Ok(Item { spec, part: Part::Stack(vec![index]), interleave: None })
 }
 

@@ -118,6 +118,15 @@ fn config(job: &Job, scales: ScaleConvention) -> Result<ModelConfig, ModelError>
             expected: "absent, since a config.json has a rope_type but no such list: convert from the original folder".into(),
         });
     }
+    if config.hybrid.is_some() {
+        return Err(ModelError::ConfigValue {
+            field: "linear_attention".into(),
+            found: "gated DeltaNet layers".into(),
+            expected: "none, since their decay and this family's norms are stored there in forms from which the numbers do not \
+                       come back exactly: convert to GGUF"
+                .into(),
+        });
+    }
     if config.rotation.is_some() {
         return Err(ModelError::ConfigValue {
             field: "prism.hadamard".into(),

@@ -8,7 +8,7 @@ use crate::ops::{Linear, Ops};
 /// The weights of one attention layer.
 #[derive(Debug, Clone)]
 pub struct Attention<M, V> {
-    /// Query projection, `[heads * head_dim, hidden_size]`.
+    /// Query projection, `[heads * head_dim, hidden_size]`; with an output gate, each head's rows are followed by as many of its gate.
     pub q: Linear<M, V>,
     /// Key projection, `[kv_heads * head_dim, hidden_size]`.
     pub k: Linear<M, V>,
@@ -33,10 +33,11 @@ impl<M, V> Attention<M, V> {
     ) -> Result<Self, ModelError> {
         let (q_out, kv_out) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let name = |part: &str| format!("{layer}.self_attn.{part}");
+        let gated = 1 + usize::from(c.attention_gate);
         let linear =
             |source: &mut _, part: &str, rows, cols, bias| linear(c, source, &name(part), rows, cols, bias);
         Ok(Self {
-            q: linear(source, "q_proj", q_out, c.hidden_size, c.qkv_bias)?,
+            q: linear(source, "q_proj", gated * q_out, c.hidden_size, c.qkv_bias)?,
             k: linear(source, "k_proj", kv_out, c.hidden_size, c.qkv_bias)?,
             v: linear(source, "v_proj", kv_out, c.hidden_size, c.qkv_bias)?,
             q_norm: optional(c.qk_norm, source, &name("q_norm.weight"), c.head_dim)?,
@@ -60,9 +61,20 @@ impl<M, V> Attention<M, V> {
     ) -> O::Buf {
         let [q, k, v] = project(c, ops, &normed, [&self.q, &self.k, &self.v]);
         ops.release(normed);
+        let (q, gate) = match c.attention_gate {
+            true => {
+                let [q, gate] = ops.split(q, c.head_dim);
+                (q, Some(gate))
+            }
+            false => (q, None),
+        };
         let (q, k) = (norm(c, ops, q, self.q_norm.as_ref()), norm(c, ops, k, self.k_norm.as_ref()));
         let (q, k) = (ops.rope(q, c.heads, c.head_dim), ops.rope(k, c.kv_heads, c.head_dim));
         let mixed = ops.attention(q, k, v, c.attention(n));
+        let mixed = match gate {
+            Some(gate) => ops.sigmoid_gate(gate, mixed),
+            None => mixed,
+        };
         let mixed = norm(c, ops, mixed, self.sub_norm.as_ref());
         let [out] = project(c, ops, &mixed, [&self.o]);
         ops.release(mixed);

@@ -38,6 +38,19 @@ pub(super) struct RawConfig {
     #[serde(default, deserialize_with = "whole")]
     pub(super) max_window_layers: Option<usize>,
     pub(super) layer_types: Option<Vec<String>>,
+    #[serde(default, deserialize_with = "whole")]
+    pub(super) full_attention_interval: Option<usize>,
+    pub(super) attn_output_gate: Option<bool>,
+    #[serde(default, deserialize_with = "whole")]
+    pub(super) linear_conv_kernel_dim: Option<usize>,
+    #[serde(default, deserialize_with = "whole")]
+    pub(super) linear_num_key_heads: Option<usize>,
+    #[serde(default, deserialize_with = "whole")]
+    pub(super) linear_num_value_heads: Option<usize>,
+    #[serde(default, deserialize_with = "whole")]
+    pub(super) linear_key_head_dim: Option<usize>,
+    #[serde(default, deserialize_with = "whole")]
+    pub(super) linear_value_head_dim: Option<usize>,
     pub(super) attention_bias: Option<bool>,
     pub(super) mlp_bias: Option<bool>,
     pub(super) quantization_config: Option<RawQuantization>,
@@ -64,6 +77,7 @@ pub(super) struct RawRope {
     pub(super) low_freq_factor: Option<f64>,
     pub(super) high_freq_factor: Option<f64>,
     pub(super) partial_rotary_factor: Option<f64>,
+    pub(super) mrope_section: Option<Vec<u32>>,
 }
 
 #[derive(Deserialize)]
