@@ -6,7 +6,9 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use setun::config::{Activation, ActivationType, Family, ModelConfig, Numerics, RopeScaling, Storage};
+use setun::config::{
+    Activation, ActivationType, Family, InnerNorms, ModelConfig, Numerics, RopeScaling, Storage,
+};
 use setun::format::{Checkpoint, CheckpointKind};
 use setun::inspect::{Part, Survey, survey};
 use setun::recommended::Recommended;
@@ -301,6 +303,7 @@ fn container(kind: CheckpointKind) -> &'static str {
         CheckpointKind::Safetensors => "safetensors",
         CheckpointKind::Gguf => "GGUF",
         CheckpointKind::Llama2c => "llama2.c",
+        CheckpointKind::PyTorch => "PyTorch",
     }
 }
 
@@ -364,7 +367,15 @@ fn features(c: &ModelConfig) -> String {
     for (on, what) in [
         (c.sub_norms, "sub-norms"),
         (c.qk_norm, "norms on query and key heads"),
-        (c.inner_norm_eps.is_some(), "norms inside linear layers"),
+        (
+            c.inner_norm_eps.is_some() && c.inner_norms == InnerNorms::All,
+            "norms inside linear layers",
+        ),
+        (
+            c.inner_norm_eps.is_some() && c.inner_norms == InnerNorms::OutputAndDown,
+            "norms inside o and down layers",
+        ),
+        (c.pooling.is_some(), "for embeddings: no output head"),
         (c.qkv_bias, "biases on q, k, v"),
         (c.output_bias, "bias on o"),
         (c.mlp_bias, "biases in the feed-forward layer"),
@@ -404,6 +415,8 @@ fn numerics(c: &ModelConfig) -> String {
         Storage::Divide => "packed, 1/γ beside",
         Storage::Multiply => "packed, γ beside",
         Storage::SelfDescribed => "packed, γ inside",
+        Storage::FloatCopies => "recognised in floats",
+        Storage::Mlx { .. } => "packed by MLX",
     };
     let spared = match &ternary.exceptions {
         Some(listed) if !listed.names().is_empty() => format!(", except {}", listed.names().join(", ")),
@@ -449,5 +462,6 @@ fn config_json(c: &ModelConfig) -> Value {
         "rotated_matrices": c.rotation.as_ref().map_or(0, |r| r.folded()),
         "bos": c.bos,
         "eos": c.eos,
+        "embedding": c.pooling.is_some(),
     })
 }

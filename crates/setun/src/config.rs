@@ -6,6 +6,7 @@
 mod gguf;
 mod huggingface;
 mod known;
+mod recognise;
 mod rope;
 mod rotation;
 
@@ -99,6 +100,44 @@ pub enum Storage {
     Multiply,
     /// The tensor's own type (GGUF).
     SelfDescribed,
+    /// Floats that are all 0 or ± a scale of their tensor, shard, row or group ("unpacked"), recognised by their values.
+    FloatCopies,
+    /// MLX's 2-bit numbers in U32, with a scale and a bias for every `group` weights of a row; layers without them are floats.
+    Mlx {
+        /// Weights per scale.
+        group: usize,
+    },
+}
+
+/// Which linear layers have a norm of their own, where [`ModelConfig::inner_norm_eps`] says that there are any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum InnerNorms {
+    /// Every ternary one.
+    #[default]
+    All,
+    /// The output projection of attention and the down projection (BitDistill's `standard_bitnet`).
+    OutputAndDown,
+}
+
+/// How an embedding model makes one vector of a text's hidden states.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pooling {
+    /// Its files do not say.
+    Unstated,
+    /// Their mean.
+    Mean,
+    /// The first token's.
+    First,
+    /// The last token's.
+    Last,
+    /// A score for ranking.
+    Rank,
+}
+
+impl Pooling {
+    /// Numbers of GGUF's `pooling_type`; 0 is none.
+    pub(crate) const GGUF: [(u64, Self); 4] =
+        [(1, Self::Mean), (2, Self::First), (3, Self::Last), (4, Self::Rank)];
 }
 
 /// `modules_to_not_convert`, compiled.
@@ -184,6 +223,8 @@ pub struct ModelConfig {
     pub sub_norms: bool,
     /// ε of the norm inside every ternary linear layer (`use_rms_norm`), where there is one.
     pub inner_norm_eps: Option<f32>,
+    /// Which layers [`inner_norm_eps`](Self::inner_norm_eps) is about.
+    pub inner_norms: InnerNorms,
     /// Norms of every query and key head before RoPE.
     pub qk_norm: bool,
     /// Biases on q, k and v.
@@ -200,6 +241,8 @@ pub struct ModelConfig {
     pub bos: Option<u32>,
     /// Ids that end generation.
     pub eos: Vec<u32>,
+    /// Of an embedding model, which gives vectors and has no head to give text with: how it pools.
+    pub pooling: Option<Pooling>,
 }
 
 /// The numbers that make a fresh model (see [`ModelConfig::fresh`]).
@@ -258,6 +301,7 @@ impl ModelConfig {
             windows: vec![None; shape.num_layers.min(MAX_LAYERS)],
             sub_norms: shape.sub_norms,
             inner_norm_eps: None,
+            inner_norms: InnerNorms::All,
             qk_norm: false,
             qkv_bias: false,
             output_bias: false,
@@ -269,6 +313,7 @@ impl ModelConfig {
             rotation: None,
             bos: None,
             eos: Vec::new(),
+            pooling: None,
         };
         config.check()
     }
@@ -310,7 +355,12 @@ impl ModelConfig {
                 }
             }
         }
-        Ok(config)
+        if config.pooling.is_some()
+            && let Some(pooling) = file.json_beside("1_Pooling/config.json")?
+        {
+            config.pooling = Some(huggingface::pooling(&pooling));
+        }
+        config.with_tensors(file)
     }
 
     /// llama2.c checkpoints say only their sizes; the program that made them fixes the rest.
@@ -371,6 +421,15 @@ impl ModelConfig {
         ];
         (0..self.num_layers)
             .any(|n| BLOCK.iter().any(|part| self.is_ternary(&format!("model.layers.{n}.{part}"))))
+    }
+
+    /// Whether the ternary layer `module` has a norm inside.
+    pub(crate) fn has_inner_norm(&self, module: &str) -> bool {
+        let included = match self.inner_norms {
+            InnerNorms::All => true,
+            InnerNorms::OutputAndDown => module.ends_with(".o_proj") || module.ends_with(".down_proj"),
+        };
+        self.inner_norm_eps.is_some() && included
     }
 
     /// Attention as layer `layer` does it.

@@ -7,7 +7,8 @@ use setun_kernels::matrix::Scales;
 
 use super::rope::{Rope, RopeScaling, yarn_attention};
 use super::{
-    Activation, ActivationType, Family, ModelConfig, Numerics, Rotation, Storage, Ternary, known, value_error,
+    Activation, ActivationType, Family, ModelConfig, Numerics, Pooling, Rotation, Storage, Ternary, known,
+    recognise, value_error,
 };
 use crate::error::ModelError;
 use crate::format::gguf::{Array, Metadata, Value, required};
@@ -41,10 +42,6 @@ impl ModelConfig {
             _ => family,
         };
         let num_layers = keys.need_size("block_count")?;
-        if file.info("blk.0.attn_q_norm_in.weight").is_some() {
-            let expected = "absent, since norms inside linear layers are not read from GGUF under this name";
-            return Err(value_error("blk.0.attn_q_norm_in.weight", "there", expected));
-        }
         let rotation = Rotation::from_gguf(file, meta, family, num_layers)?;
         let need_uniform = |key: &str| required(&keys.name(key), keys.per_layer(key, num_layers)?);
         let (hidden_size, heads) =
@@ -67,6 +64,11 @@ impl ModelConfig {
         let tokenizer_id = |key: &str| -> Result<Option<u32>, ModelError> {
             Ok(meta.u64(&format!("tokenizer.ggml.{key}"))?.and_then(|id| u32::try_from(id).ok()))
         };
+        let rms_norm_eps = required(
+            &keys.name("attention.layer_norm_rms_epsilon"),
+            keys.float("attention.layer_norm_rms_epsilon")?,
+        )?;
+        let inner_norms = recognise::inner_norms(file);
         let mut eos: Vec<u32> = Vec::new();
         for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
             eos.extend(tokenizer_id(key)?.filter(|id| !eos.contains(id)));
@@ -84,10 +86,7 @@ impl ModelConfig {
             kv_heads: keys.per_layer("attention.head_count_kv", num_layers)?.unwrap_or(heads),
             head_dim,
             max_positions,
-            rms_norm_eps: required(
-                &keys.name("attention.layer_norm_rms_epsilon"),
-                keys.float("attention.layer_norm_rms_epsilon")?,
-            )?,
+            rms_norm_eps,
             tied: !has("output.weight"),
             activation: if family == Family::BitNet { Activation::Relu2 } else { Activation::Silu },
             rope: rope(&keys, file, head_dim, max_positions)?,
@@ -96,10 +95,14 @@ impl ModelConfig {
                 _ => vec![None; num_layers.min(super::MAX_LAYERS)],
             },
             sub_norms: matches!(family, Family::BitNet | Family::BitNetSilu),
-            inner_norm_eps: match has("blk.0.attn_q.rms_norm.weight") {
-                true => Some(keys.float("attention.inner_norm_rms_epsilon")?.unwrap_or(1e-6)),
-                false => None,
+            inner_norm_eps: match (inner_norms, keys.float("attention.inner_norm_rms_epsilon")?) {
+                (None, _) => None,
+                (Some(_), Some(eps)) => Some(eps),
+                // Under bitnet.cpp's names they are computed with the ε of all norms.
+                (Some(_), None) if has("blk.0.attn_output_norm_in.weight") => Some(rms_norm_eps),
+                (Some(_), None) => Some(1e-6),
             },
+            inner_norms: inner_norms.unwrap_or_default(),
             qk_norm: family == Family::Qwen3,
             qkv_bias: has("blk.0.attn_q.bias"),
             output_bias: has("blk.0.attn_output.bias"),
@@ -108,6 +111,7 @@ impl ModelConfig {
             rotation,
             bos: tokenizer_id("bos_token_id")?,
             eos,
+            pooling: pooling(&keys)?,
         };
         config.check()
     }
@@ -195,6 +199,14 @@ impl ModelConfig {
                 return Err(value_error("rope_scaling.rope_type", "dynamic", "a type GGUF has a name for"));
             }
         }
+        let number = |p| Pooling::GGUF.iter().find(|(_, pooling)| *pooling == p).map(|&(n, _)| n as usize);
+        if let Some(pooling) = self.pooling {
+            let number = number(pooling).ok_or_else(|| {
+                let expected = "stated in 1_Pooling/config.json, since GGUF knows embedding models by it";
+                value_error("pooling", "unknown", expected)
+            })?;
+            out.push((format!("{arch}.pooling_type"), size(number)));
+        }
         out.extend(self.rotation.iter().flat_map(Rotation::to_gguf));
         Ok(out)
     }
@@ -260,6 +272,17 @@ impl Keys<'_> {
                 Err(value_error(&name, found, format!("one value, the same for all {layers} layers")))
             }
         }
+    }
+}
+
+/// How an embedding model pools; `None` for one that gives text.
+fn pooling(keys: &Keys) -> Result<Option<Pooling>, ModelError> {
+    match keys.size("pooling_type")? {
+        None | Some(0) => Ok(None),
+        Some(number) => match Pooling::GGUF.iter().find(|(n, _)| *n == number as u64) {
+            Some(&(_, pooling)) => Ok(Some(pooling)),
+            None => Err(value_error(&keys.name("pooling_type"), number, "0 to 4")),
+        },
     }
 }
 
@@ -348,6 +371,14 @@ fn rope(keys: &Keys, file: &Checkpoint, head_dim: usize, max_positions: usize) -
         (Some("none"), _) | (None, None | Some(0.0)) => RopeScaling::Default,
         (Some("linear") | None, Some(factor)) => RopeScaling::Linear { factor: f64::from(factor) },
         (Some("yarn"), Some(factor)) => {
+            // What llama.cpp can also be told, and what it means there by default.
+            for (key, neutral) in [("yarn_ext_factor", &[-1.0, 1.0][..]), ("yarn_attn_factor", &[1.0]), ("yarn_log_multiplier", &[0.0])] {
+                let key = format!("rope.scaling.{key}");
+                if let Some(found) = keys.float(&key)?.filter(|found| !neutral.contains(found)) {
+                    let expected = format!("absent or {}, since nothing here applies it", neutral[neutral.len() - 1]);
+                    return Err(value_error(&keys.name(&key), found, expected));
+                }
+            }
             let factor = f64::from(factor);
             let extra = keys.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
             let original = keys.size("rope.scaling.original_context_length")?.unwrap_or(max_positions);
