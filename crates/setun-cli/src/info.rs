@@ -359,7 +359,9 @@ fn features(c: &ModelConfig) -> String {
         Activation::Relu2 => "squared-ReLU gate",
     };
     let mut all = vec![activation.to_owned(), format!("norm ε {:e}", c.rms_norm_eps)];
-    all.push(if c.tied { "head tied to the embedding" } else { "own head" }.to_owned());
+    if c.pooling.is_none() {
+        all.push(if c.tied { "head tied to the embedding" } else { "own head" }.to_owned());
+    }
     let windowed = c.windows.iter().flatten().count();
     if let Some(window) = c.windows.iter().flatten().min() {
         all.push(format!("sliding window of {window} on {windowed} of {} layers", c.num_layers));

@@ -17,6 +17,8 @@ use crate::error::ModelError;
 
 /// Keys under which programs put a `state_dict` among other things.
 const WRAPPERS: [&str; 5] = ["state_dict", "model_state_dict", "model", "module", "params"];
+/// What CAT-Q's repositories hold beside their GGUF files.
+const CATQ_NAME: &str = "parameters.pth";
 /// How `torch.save` of PyTorch before 1.6 starts: a pickle of its magic number.
 const LEGACY: [u8; 14] =
     [0x80, 0x02, 0x8a, 0x0a, 0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
@@ -51,6 +53,17 @@ pub(crate) fn refusal(bytes: &[u8]) -> Option<&'static str> {
 
 /// Reads and checks the header of `bytes`, the whole file; `path` is for messages.
 pub(crate) fn read(path: &Path, bytes: &[u8]) -> Result<Header, ModelError> {
+    let found = header(path, bytes);
+    let model = |header: &Header| header.tensors.iter().any(|t| t.name.ends_with("embed_tokens.weight"));
+    if path.file_name().is_some_and(|name| name == CATQ_NAME) && !found.as_ref().is_ok_and(model) {
+        let what = "CAT-Q's own record of how it quantised, whose layout is not published, and no model: take its GGUF file \
+                    (`…-catq-q2_0.gguf`), which has groups of 128 under type 42";
+        return Err(ModelError::unsupported(path, what));
+    }
+    found
+}
+
+fn header(path: &Path, bytes: &[u8]) -> Result<Header, ModelError> {
     let archive = Archive::read(path, bytes)?;
     let pickle = &bytes[archive.entry("data.pkl")?.ok_or_else(|| archive.no_checkpoint())?];
     if archive.entry("constants.pkl")?.is_some() {

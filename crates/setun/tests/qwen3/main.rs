@@ -4,6 +4,7 @@
 
 mod parity;
 mod rotation;
+mod unpacked;
 
 use std::path::{Path, PathBuf};
 
