@@ -94,8 +94,7 @@ impl<M, V> Model<M, V> {
             source.matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size, Role::Embedding)?;
         let layers = (0..c.num_layers).map(|n| Layer::build(c, n, source)).collect::<Result<_, _>>()?;
         let norm = source.vector("model.norm.weight", c.hidden_size)?;
-        // An embedding model ends before the head.
-        let head = match c.tied || c.pooling.is_some() {
+        let head = match c.tied {
             true => None,
             false => Some(linear(c, source, "lm_head", c.vocab_size, c.hidden_size, false)?),
         };

@@ -498,6 +498,34 @@ mod tests {
     }
 
     #[test]
+    fn yarn_settings_that_nothing_here_applies_are_refused_unless_neutral() {
+        for (key, neutral) in [("yarn_ext_factor", -1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)] {
+            let with = |value| {
+                let key = format!("rope.scaling.{key}");
+                read(&[
+                    ("rope.scaling.type", Value::String("yarn".into())),
+                    ("rope.scaling.factor", Value::F32(4.0)),
+                    (&key, Value::F32(value)),
+                ])
+            };
+            let error = with(0.5).unwrap_err().to_string();
+            assert!(error.contains(&format!("llama.rope.scaling.{key}")), "{error}");
+            assert!(with(neutral).is_ok(), "{key}");
+        }
+    }
+
+    #[test]
+    fn a_pooling_type_makes_an_embedding_model_and_survives() {
+        assert_eq!(read(&[("pooling_type", Value::U32(0))]).unwrap().pooling, None);
+        let config = read(&[("pooling_type", Value::U32(3))]).unwrap();
+        assert_eq!(config.pooling, Some(Pooling::Last));
+        assert!(config.to_gguf().unwrap().contains(&("llama.pooling_type".into(), Value::U32(3))));
+        assert!(read(&[("pooling_type", Value::U32(9))]).unwrap_err().to_string().contains("llama.pooling_type"));
+        let unstated = ModelConfig { pooling: Some(Pooling::Unstated), ..config };
+        assert!(unstated.to_gguf().unwrap_err().to_string().contains("1_Pooling"));
+    }
+
+    #[test]
     fn the_architecture_of_a_subln_model_follows_its_activation() {
         for (activation, arch) in [(Activation::Silu, "bitnet"), (Activation::Relu2, "bitnet-b1.58")] {
             for family in [Family::BitNet, Family::BitNetSilu] {

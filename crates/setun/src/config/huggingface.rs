@@ -106,7 +106,8 @@ impl ModelConfig {
             max_positions,
             rms_norm_eps: need(raw.rms_norm_eps, "rms_norm_eps")? as f32,
             // The class default of every family here, `transformers` included; files leave it out when false.
-            tied: raw.tie_word_embeddings.unwrap_or(family == Family::BitNetSilu),
+            // Without a head of its own an embedding model counts as tied.
+            tied: headless(class(&raw)) || raw.tie_word_embeddings.unwrap_or(family == Family::BitNetSilu),
             activation,
             rope: rope(&raw, head_dim, max_positions, defaults.rope_theta)?,
             windows: windows(json, &raw, family, num_layers)?,
@@ -574,6 +575,24 @@ mod tests {
         assert_eq!((config.rope.theta, config.rope.scaling), (5000.0, RopeScaling::Linear { factor: 2.0 }));
         let error = both(5000.0, 6000.0).unwrap_err().to_string();
         assert!(error.contains("`rope_parameters`"), "{error}");
+    }
+
+    #[test]
+    fn whole_heads_rotate_whatever_the_partial_factor_which_a_scaled_rope_refuses() {
+        let half = json!({"partial_rotary_factor": 0.5});
+        assert_eq!(read("LlamaForCausalLM", half).unwrap().rope, read("LlamaForCausalLM", json!({})).unwrap().rope);
+        let scaled = json!({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}});
+        let error = read("Qwen3ForCausalLM", scaled).unwrap_err().to_string();
+        assert!(error.contains("`partial_rotary_factor` is 0.5"), "{error}");
+    }
+
+    #[test]
+    fn classes_without_a_head_are_embedding_models() {
+        let config = read("Qwen3Model", json!({})).unwrap();
+        assert_eq!((config.family, config.pooling), (Family::Qwen3, Some(Pooling::Unstated)));
+        assert_eq!(ModelConfig::from_json(&config.to_json()).unwrap(), config);
+        assert_eq!(pooling(&json!({"pooling_mode_cls_token": true, "pooling_mode_lasttoken": false})), Pooling::First);
+        assert_eq!(pooling(&json!({"pooling_mode_cls_token": true, "pooling_mode_lasttoken": true})), Pooling::Unstated);
     }
 
     #[test]
