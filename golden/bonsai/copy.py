@@ -48,6 +48,7 @@ for folder, models in MODELS.items():
         shutil.copyfile(full / folder / name, here / folder / name)
     config = full / folder / "config.json"
     shutil.copyfile(config if config.exists() else full / folder / "hf-unpacked" / "config.json", here / folder / "config.json")
+shutil.copytree(full / "qwen3-tied" / "mlx-2bit", here / "qwen3-tied" / "mlx-2bit", dirs_exist_ok=True)
 (here / "declaration").mkdir(exist_ok=True)
 for name in ["ok-v1-explicit.gguf", "expected.safetensors"]:
     shutil.copyfile(full / "declaration" / name, here / "declaration" / name)

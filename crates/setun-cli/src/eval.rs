@@ -62,6 +62,7 @@ fn ppl(args: &PplArgs) -> Result<()> {
     let file = args.load.open.open(args.model.as_deref())?;
     let tokenizer = args.load.tokenizer(&file)?;
     let engine = args.load.engine(&file)?;
+    model::needs_text(engine.config())?;
     let context = args.window.or(args.load.context).unwrap_or(engine.config().max_positions);
     let windows = Windows { context, stride: args.stride.unwrap_or((context / 2).max(1)) };
     let started = Instant::now();

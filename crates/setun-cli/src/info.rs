@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use serde_json::{Value, json};
 use setun::config::{
-    Activation, ActivationType, Family, Hybrid, ModelConfig, Numerics, RopeScaling, Storage,
+    Activation, ActivationType, Family, Hybrid, InnerNorms, ModelConfig, Numerics, RopeScaling, Storage,
 };
 use setun::format::{Checkpoint, CheckpointKind};
 use setun::inspect::{Part, Survey, survey};
@@ -308,6 +308,7 @@ fn container(kind: CheckpointKind) -> &'static str {
         CheckpointKind::Safetensors => "safetensors",
         CheckpointKind::Gguf => "GGUF",
         CheckpointKind::Llama2c => "llama2.c",
+        CheckpointKind::PyTorch => "PyTorch",
     }
 }
 
@@ -381,7 +382,9 @@ fn features(c: &ModelConfig) -> String {
         Activation::Relu2 => "squared-ReLU gate",
     };
     let mut all = vec![activation.to_owned(), format!("norm ε {:e}", c.rms_norm_eps)];
-    all.push(if c.tied { "head tied to the embedding" } else { "own head" }.to_owned());
+    if c.pooling.is_none() {
+        all.push(if c.tied { "head tied to the embedding" } else { "own head" }.to_owned());
+    }
     let windowed = c.windows.iter().flatten().count();
     if let Some(window) = c.windows.iter().flatten().min() {
         all.push(format!("sliding window of {window} on {windowed} of {} layers", c.num_layers));
@@ -390,7 +393,12 @@ fn features(c: &ModelConfig) -> String {
         (c.sub_norms, "sub-norms"),
         (c.qk_norm, "norms on query and key heads"),
         (c.attention_gate, "gate on the output of attention"),
-        (c.inner_norm_eps.is_some(), "norms inside linear layers"),
+        (c.inner_norm_eps.is_some() && c.inner_norms == InnerNorms::All, "norms inside linear layers"),
+        (
+            c.inner_norm_eps.is_some() && c.inner_norms == InnerNorms::OutputAndDown,
+            "norms inside o and down layers",
+        ),
+        (c.pooling.is_some(), "for embeddings: no output head"),
         (c.qkv_bias, "biases on q, k, v"),
         (c.output_bias, "bias on o"),
         (c.mlp_bias, "biases in the feed-forward layer"),
@@ -438,6 +446,8 @@ fn numerics(c: &ModelConfig) -> String {
         Storage::Divide => "packed, 1/γ beside",
         Storage::Multiply => "packed, γ beside",
         Storage::SelfDescribed => "packed, γ inside",
+        Storage::FloatCopies => "recognised in floats",
+        Storage::Mlx { .. } => "packed by MLX",
     };
     let spared = match &ternary.exceptions {
         Some(listed) if !listed.names().is_empty() => format!(", except {}", listed.names().join(", ")),
@@ -498,5 +508,6 @@ fn config_json(c: &ModelConfig) -> Value {
         "rotated_matrices": c.rotation.as_ref().map_or(0, |r| r.folded()),
         "bos": c.bos,
         "eos": c.eos,
+        "embedding": c.pooling.is_some(),
     })
 }

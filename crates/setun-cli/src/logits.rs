@@ -16,7 +16,7 @@ use crate::output;
 /// Write a model's logits for given token ids: the tool for comparing with another program.
 ///
 /// Each list of ids is computed as one sequence from position 0; no special token is added. The result holds
-/// `logits.0`, `logits.1`, …, f32 [tokens, vocabulary]; with --hidden also `hidden.embed.0`, `hidden.layer0.0`
+/// `logits.0`, `logits.1`, …, f32 [tokens, vocabulary] (none of an embedding model); with --hidden also `hidden.embed.0`, `hidden.layer0.0`
 /// (outputs of the blocks), …, `hidden.final_norm.0`. Keys and values are kept in f32 unless --kv says otherwise.
 #[derive(clap::Args)]
 #[command(
@@ -55,6 +55,9 @@ pub fn logits(args: LogitsArgs) -> Result<()> {
     let sequences = read_ids(&args.tokens)?;
     let file = args.load.open.open(args.model.as_deref())?;
     let engine = args.load.engine(&file)?;
+    if !args.hidden {
+        model::needs_text(engine.config())?;
+    }
     let longest = sequences.iter().map(Vec::len).max().unwrap_or(0);
     // Comparisons beyond the trained context are legitimate, so only --context limits the length.
     let limit = args.load.context.unwrap_or_else(|| longest.max(engine.config().max_positions));
@@ -112,7 +115,10 @@ fn compute(
     let mut session = engine.session(kv, Some(limit));
     let mut taps = Taps::new();
     let values = session.feed_all(ids, hidden.then_some(&mut taps))?.to_vec();
-    outputs.push(Output { name: format!("logits.{n}"), width: engine.config().vocab_size, values });
+    // Without a head there are no logits.
+    if engine.config().pooling.is_none() {
+        outputs.push(Output { name: format!("logits.{n}"), width: engine.config().vocab_size, values });
+    }
     let width = engine.config().hidden_size;
     outputs.extend(taps.into_iter().map(|(tap, values)| Output {
         name: format!("hidden.{tap}.{n}"),

@@ -6,14 +6,14 @@ use anyhow::{Context, Result, bail};
 use setun::config::ActivationType;
 use setun::config::ModelConfig;
 use setun::engine::{Engine, EngineOptions};
-use setun::format::{Checkpoint, I2sLayout, OpenOptions, Type42};
+use setun::format::{Checkpoint, FloatWeights, I2sLayout, OpenOptions, Type42};
 use setun::kv_cache::KvType;
 use setun::tokenizer::Tokenizer;
 use setun_kernels::Kernels;
 
 use crate::default_model;
 
-/// What a GGUF file leaves open: the user's word, where the file's own evidence does not decide.
+/// What a file leaves open: the user's word, where the file's own evidence does not decide.
 #[derive(clap::Args, Debug, Clone, Copy)]
 pub struct OpenArgs {
     /// What GGUF tensors of type 42 are, where their sizes do not tell: group64 or group128 (Q2_0 in groups of so many weights)
@@ -22,6 +22,10 @@ pub struct OpenArgs {
     /// Layout of I2_S tensors: x86, neon64 (ARM builds of bitnet.cpp since November 2025) or rows4 [default: x86]
     #[arg(long, value_name = "LAYOUT", value_parser = i2s_layout, help_heading = "Loading")]
     pub i2s: Option<I2sLayout>,
+    /// What the layers of a float checkpoint are whose configuration says nothing: float, or ternary (refused where a matrix
+    /// holds more than 0 and ± its scales) [default: what all of its matrices agree on]
+    #[arg(long, value_name = "KIND", value_parser = float_weights, help_heading = "Loading")]
+    pub weights: Option<FloatWeights>,
 }
 
 impl OpenArgs {
@@ -30,8 +34,11 @@ impl OpenArgs {
         let Some(path) = model else {
             return Ok(Checkpoint::from_bytes(default_model::NAME, default_model::BYTES)?);
         };
-        let options =
-            OpenOptions { type42: self.type42.unwrap_or_default(), i2s: self.i2s.unwrap_or_default() };
+        let options = OpenOptions {
+            type42: self.type42.unwrap_or_default(),
+            i2s: self.i2s.unwrap_or_default(),
+            weights: self.weights.unwrap_or_default(),
+        };
         if !path.exists() && looks_like_hub_name(path) {
             bail!(
                 "there is no file or folder `{}`, and models cannot be fetched from a hub yet: download it and name its folder",
@@ -130,6 +137,16 @@ pub fn fast(config: &ModelConfig, options: EngineOptions) -> EngineOptions {
     EngineOptions { activations: Some(options.activations.unwrap_or(ActivationType::Int8)), ..options }
 }
 
+/// Refuses a model that gives vectors instead of text.
+pub fn needs_text(config: &ModelConfig) -> Result<()> {
+    match config.pooling {
+        None => Ok(()),
+        Some(_) => bail!(
+            "this is an embedding model: it has no output head, so it gives no text; `setun logits --hidden` writes its hidden states"
+        ),
+    }
+}
+
 /// Opens a tokenizer in a file or folder of its own.
 pub fn tokenizer_at(path: &Path) -> Result<Tokenizer> {
     Tokenizer::open(path).with_context(|| format!("cannot use {} as a tokenizer", path.display()))
@@ -172,6 +189,14 @@ pub fn activations(text: &str) -> Result<ActivationType, String> {
         "int8" => Ok(ActivationType::Int8),
         "float" => Ok(ActivationType::Float),
         _ => Err("int8 or float is expected".into()),
+    }
+}
+
+fn float_weights(text: &str) -> Result<FloatWeights, String> {
+    match text {
+        "float" => Ok(FloatWeights::Float),
+        "ternary" => Ok(FloatWeights::Ternary),
+        _ => Err("float or ternary is expected".into()),
     }
 }
 

@@ -105,16 +105,20 @@ struct SamplingArgs {
 }
 
 impl SamplingArgs {
-    /// What the user asks for, else what the model recommends, else [`Sampling::default`].
-    fn sampling(&self, model: &Recommended) -> Sampling {
-        let asked = Recommended {
+    /// What the user asks for.
+    fn asked(&self) -> Recommended {
+        Recommended {
             temperature: self.temperature,
             top_k: self.top_k,
             top_p: self.top_p,
             min_p: self.min_p,
             repetition_penalty: self.repeat_penalty,
-        };
-        asked.or(model).over(Sampling {
+        }
+    }
+
+    /// `settings`, and [`Sampling::default`] where they say nothing.
+    fn sampling(&self, settings: &Recommended) -> Sampling {
+        settings.over(Sampling {
             frequency_penalty: self.frequency_penalty,
             presence_penalty: self.presence_penalty,
             repeat_last_n: self.repeat_last_n,
@@ -146,7 +150,7 @@ pub fn run(args: RunArgs, started: Instant) -> Result<()> {
 }
 
 fn start(mut args: RunArgs, started: Instant, read_stdin: bool) -> Result<()> {
-    args.sampling.sampling(&Recommended::default()).validate()?;
+    args.sampling.sampling(&args.sampling.asked()).validate()?;
     let talking = std::io::stdin().is_terminal() && args.prompt.is_none() && !args.raw && !args.json;
     if args.prompt.is_none() && read_stdin && !std::io::stdin().is_terminal() {
         // Text files end with a line end that is not meant as part of the prompt.
@@ -157,7 +161,11 @@ fn start(mut args: RunArgs, started: Instant, read_stdin: bool) -> Result<()> {
     let file = args.load.open.open(args.model.as_deref())?;
     let tokenizer = args.load.tokenizer(&file)?;
     let engine = args.load.fast_engine(&file)?;
-    let sampling = args.sampling.sampling(&Recommended::of(&file)?);
+    model::needs_text(engine.config())?;
+    let settings = args.sampling.asked().completed(&file).map_err(|error| {
+        anyhow::anyhow!("{error}; a value of your own (--temperature, --top-k, --top-p, --min-p or --repeat-penalty) takes its place")
+    })?;
+    let sampling = args.sampling.sampling(&settings);
     drop(file);
     let limit = args.load.limit(engine.config());
     let session = engine.session(args.kv, Some(limit));

@@ -446,3 +446,64 @@ fn a_weight_only_model_computes_as_defined_where_numbers_count_and_says_so_where
     assert_eq!(report["activations"], "float");
     assert!(!String::from_utf8_lossy(&exact.stderr).contains("note:"));
 }
+
+/// A copy of a small model's folder.
+fn copy(name: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(golden(name)).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_file()) {
+        std::fs::copy(&entry, folder.path().join(entry.file_name().unwrap())).unwrap();
+    }
+    folder
+}
+
+#[test]
+fn a_bad_recommended_setting_matters_only_where_no_flag_takes_its_place() {
+    let folder = copy(SMALL);
+    std::fs::write(folder.path().join("generation_config.json"), r#"{"top_p": 7}"#).unwrap();
+    let path = folder.path().to_str().unwrap();
+    let error = failure(&["run", path, "-p", PROMPT, "-n", "2"], 1);
+    assert!(error.contains("top_p") && error.contains("--top-p"), "{error}");
+    stdout(&["run", path, "-p", PROMPT, "-n", "2", "--top-p", "0.9", "--seed", "1"]);
+}
+
+#[test]
+fn an_embedding_model_gives_hidden_states_and_no_text() {
+    let folder = copy("rope-llama-default");
+    let config = folder.path().join("config.json");
+    let mut settings: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+    settings["architectures"] = serde_json::json!(["LlamaModel"]);
+    settings["tie_word_embeddings"] = true.into();
+    std::fs::write(&config, settings.to_string()).unwrap();
+    let (path, ids) = (folder.path().to_str().unwrap(), folder.path().join("ids.json"));
+    std::fs::write(&ids, "[[1, 2, 3]]").unwrap();
+    let ids = ids.to_str().unwrap();
+    let tokenizer = golden(SMALL).join("tokenizer.json").display().to_string();
+    for args in [&["run", path, "-p", "x", "--tokenizer", &tokenizer][..], &["logits", path, "--tokens", ids]]
+    {
+        let error = failure(args, 1);
+        assert!(error.contains("embedding model") && error.contains("--hidden"), "{error}");
+    }
+    let values = json(&["logits", path, "--tokens", ids, "--hidden"]);
+    assert!(values.get("hidden.final_norm.0").is_some() && values.get("logits.0").is_none());
+}
+
+#[test]
+fn weights_says_what_float_matrices_are() {
+    let path = golden("rope-llama-default").display().to_string();
+    assert_eq!(json(&["info", &path, "--json"])["model"]["numerics"], "float");
+    assert_eq!(json(&["info", &path, "--json", "--weights", "float"])["model"]["numerics"], "float");
+    let error =
+        json(&["info", &path, "--json", "--weights", "ternary"])["odd"][0].as_str().unwrap().to_owned();
+    assert!(error.contains("not ternary") && error.contains("layers.0"), "{error}");
+    assert!(failure(&["info", &path, "--weights", "binary"], 2).contains("float or ternary"));
+    let pickles =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/pytorch/llama").display().to_string();
+    assert_eq!(json(&["info", &pickles, "--json"])["container"], "PyTorch");
+    let mlx = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../golden/bonsai/qwen3-tied/mlx-2bit")
+        .display()
+        .to_string();
+    let facts = json(&["info", &mlx, "--json"]);
+    assert_eq!(facts["packing"]["MLX 2-bit"]["tensors"], 15);
+    assert!(facts["model"]["numerics"].as_str().unwrap().starts_with("W1.58A16"), "{facts}");
+}

@@ -9,6 +9,7 @@ mod gguf;
 mod huggingface;
 mod hybrid;
 mod known;
+mod recognise;
 mod rope;
 mod rotation;
 
@@ -116,6 +117,44 @@ pub enum Storage {
     Multiply,
     /// The tensor's own type (GGUF).
     SelfDescribed,
+    /// Floats that are all 0 or ± a scale of their tensor, shard, row or group ("unpacked"), recognised by their values.
+    FloatCopies,
+    /// MLX's 2-bit numbers in U32, with a scale and a bias for every `group` weights of a row; layers without them are floats.
+    Mlx {
+        /// Weights per scale.
+        group: usize,
+    },
+}
+
+/// Which linear layers have a norm of their own, where [`ModelConfig::inner_norm_eps`] says that there are any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum InnerNorms {
+    /// Every ternary one.
+    #[default]
+    All,
+    /// The output projection of attention and the down projection (BitDistill's `standard_bitnet`).
+    OutputAndDown,
+}
+
+/// How an embedding model makes one vector of a text's hidden states.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pooling {
+    /// Its files do not say.
+    Unstated,
+    /// Their mean.
+    Mean,
+    /// The first token's.
+    First,
+    /// The last token's.
+    Last,
+    /// A score for ranking.
+    Rank,
+}
+
+impl Pooling {
+    /// Numbers of GGUF's `pooling_type`; 0 is none.
+    pub(crate) const GGUF: [(u64, Self); 4] =
+        [(1, Self::Mean), (2, Self::First), (3, Self::Last), (4, Self::Rank)];
 }
 
 /// `modules_to_not_convert`, compiled.
@@ -201,6 +240,8 @@ pub struct ModelConfig {
     pub sub_norms: bool,
     /// ε of the norm inside every ternary linear layer (`use_rms_norm`), where there is one.
     pub inner_norm_eps: Option<f32>,
+    /// Which layers [`inner_norm_eps`](Self::inner_norm_eps) is about.
+    pub inner_norms: InnerNorms,
     /// Norms of every query and key head before RoPE.
     pub qk_norm: bool,
     /// A gate on attention's output, from the query projection (Qwen3.5).
@@ -223,6 +264,8 @@ pub struct ModelConfig {
     pub bos: Option<u32>,
     /// Ids that end generation.
     pub eos: Vec<u32>,
+    /// Of an embedding model, which gives vectors and has no head to give text with: how it pools.
+    pub pooling: Option<Pooling>,
 }
 
 /// The numbers that make a fresh model (see [`ModelConfig::fresh`]).
@@ -281,6 +324,7 @@ impl ModelConfig {
             windows: vec![None; shape.num_layers.min(MAX_LAYERS)],
             sub_norms: shape.sub_norms,
             inner_norm_eps: None,
+            inner_norms: InnerNorms::All,
             qk_norm: false,
             attention_gate: false,
             hybrid: None,
@@ -295,6 +339,7 @@ impl ModelConfig {
             rotation: None,
             bos: None,
             eos: Vec::new(),
+            pooling: None,
         };
         config.check()
     }
@@ -336,7 +381,12 @@ impl ModelConfig {
                 }
             }
         }
-        Ok(config)
+        if config.pooling.is_some()
+            && let Some(pooling) = file.json_beside("1_Pooling/config.json")?
+        {
+            config.pooling = Some(huggingface::pooling(&pooling));
+        }
+        config.with_tensors(file)
     }
 
     /// llama2.c checkpoints say only their sizes; the program that made them fixes the rest.
@@ -380,7 +430,9 @@ impl ModelConfig {
         match &self.numerics {
             _ if module.ends_with(".mlp.gate") => false,
             Numerics::Float => false,
-            Numerics::Ternary(Ternary { exceptions: None, .. }) => module != "lm_head",
+            Numerics::Ternary(Ternary { exceptions: None, .. }) => {
+                module != "lm_head" && !stays_float(module)
+            }
             Numerics::Ternary(Ternary { exceptions: Some(listed), .. }) => !listed.contains(module),
         }
     }
@@ -397,6 +449,15 @@ impl ModelConfig {
                     Some(experts) => (0..experts.count).any(|e| any(&format!("mlp.experts.{e}"))),
                 }
         })
+    }
+
+    /// Whether the ternary layer `module` has a norm inside.
+    pub(crate) fn has_inner_norm(&self, module: &str) -> bool {
+        let included = match self.inner_norms {
+            InnerNorms::All => true,
+            InnerNorms::OutputAndDown => module.ends_with(".o_proj") || module.ends_with(".down_proj"),
+        };
+        self.inner_norm_eps.is_some() && included
     }
 
     /// Attention as layer `layer` does it.
@@ -540,6 +601,12 @@ impl ModelConfig {
         }
         Ok(self)
     }
+}
+
+/// Small linear layers that ternary models keep in floating point: routers, and the two rows per head by which a gated DeltaNet
+/// forgets and learns.
+fn stays_float(module: &str) -> bool {
+    [".mlp.gate", ".linear_attn.in_proj_a", ".linear_attn.in_proj_b"].iter().any(|end| module.ends_with(end))
 }
 
 const MAX_LAYERS: usize = 4096;

@@ -350,6 +350,8 @@ fn difference(job: &Job, found: &ModelConfig) -> Option<&'static str> {
         ("rms_norm_eps", expected.rms_norm_eps == found.rms_norm_eps),
         ("hidden_act", expected.activation == found.activation),
         ("quantization_config.rms_norm_eps", expected.inner_norm_eps == found.inner_norm_eps),
+        ("inner_norms", expected.inner_norm_eps.is_none() || expected.inner_norms == found.inner_norms),
+        ("pooling", expected.pooling.is_some() == found.pooling.is_some()),
         ("layer_types", expected.windows == found.windows),
         ("rope", same_rope(expected, found)),
         (

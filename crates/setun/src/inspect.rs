@@ -121,8 +121,8 @@ impl Source for Reader<'_> {
         };
         self.take(&stored, part);
         let mut bytes = self.weights.stored_bytes(name);
-        for scale in [format!("{name}_scale"), format!("{}.scale", stored.trim_end_matches(".weight"))] {
-            bytes += self.take(&scale, part);
+        for companion in self.weights.companions(name, role) {
+            bytes += self.take(&companion, part);
         }
         let ternary = matches!(weight, Weight::Ternary(_));
         let group = self.found.packing.entry(packing(&encoding, ternary, self.config)).or_default();
@@ -179,6 +179,7 @@ fn packing(encoding: &Encoding, ternary: bool, config: &ModelConfig) -> String {
     let masters = matches!(&config.numerics, Numerics::Ternary(t) if t.storage == Storage::Masters);
     match (ternary, encoding) {
         (true, Encoding::U8) => "packed U8".to_owned(),
+        (true, Encoding::Other(_)) => "MLX 2-bit".to_owned(),
         (true, Encoding::Trit2) => "packed 2-bit".to_owned(),
         (true, e) if e.is_ternary() => e.to_string(),
         (true, e) if masters => format!("{e} masters"),

@@ -215,12 +215,7 @@ fn linear<M, V>(
     Ok(Linear {
         matrix: source.matrix(&format!("{name}.weight"), rows, cols, role)?,
         bias: optional(bias, source, &format!("{name}.bias"), rows)?,
-        norm: optional(
-            ternary && c.inner_norm_eps.is_some(),
-            source,
-            &format!("{name}.rms_norm.weight"),
-            cols,
-        )?,
+        norm: optional(ternary && c.has_inner_norm(name), source, &format!("{name}.rms_norm.weight"), cols)?,
         rotation: c.rotation.as_ref().map_or(Ok(None), |r| r.of_linear(name, cols))?,
     })
 }
@@ -242,7 +237,7 @@ fn project<O: Ops, const N: usize>(
     x: &O::Buf,
     layers: [&Linear<O::Matrix, O::Vector>; N],
 ) -> [O::Buf; N] {
-    if let Some(eps) = c.inner_norm_eps {
+    if let Some(eps) = c.inner_norm_eps.filter(|_| layers.iter().any(|layer| layer.norm.is_some())) {
         return layers.map(|layer| {
             let normed = layer.norm.as_ref().map(|weight| ops.rms_norm(x, weight, eps));
             let [y] = project_rotated(ops, normed.as_ref().unwrap_or(x), [layer]);

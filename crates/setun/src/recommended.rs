@@ -53,12 +53,21 @@ impl Recommended {
     /// [`ModelError::Metadata`] for a setting that is no number or out of its range; as
     /// [`Checkpoint::json_beside`].
     pub fn of(file: &Checkpoint) -> Result<Self, ModelError> {
+        Self::default().completed(file)
+    }
+
+    /// `self`, and what `file` recommends where it says nothing. Only what is used is read: a setting that `self` has may be
+    /// anything in the file.
+    ///
+    /// # Errors
+    /// As [`Recommended::of`].
+    pub fn completed(&self, file: &Checkpoint) -> Result<Self, ModelError> {
         if let Some(metadata) = file.gguf_metadata() {
-            return Self::from_gguf(metadata);
+            return self.with_gguf(metadata);
         }
         match file.json_beside("generation_config.json")? {
-            Some(json) => Self::from_json(&json),
-            None => Ok(Self::default()),
+            Some(json) => self.with_json(&json),
+            None => Ok(*self),
         }
     }
 
@@ -67,11 +76,15 @@ impl Recommended {
     /// # Errors
     /// [`ModelError::Metadata`] for one that is no number or out of its range.
     pub fn from_gguf(metadata: &Metadata) -> Result<Self, ModelError> {
+        Self::default().with_gguf(metadata)
+    }
+
+    fn with_gguf(&self, metadata: &Metadata) -> Result<Self, ModelError> {
         let number = |value: &Value| {
             let float = value.as_f32().map(shortest);
             float.or_else(|| value.as_i64().map(|v| v as f64))
         };
-        Self::read(|_, key| {
+        self.with(|_, key| {
             let key = format!("general.sampling.{key}");
             metadata.get(&key).map(|value| Found { number: number(value), key })
         })
@@ -82,13 +95,17 @@ impl Recommended {
     /// # Errors
     /// [`ModelError::Metadata`] for one that is no number or out of its range.
     pub fn from_json(json: &Json) -> Result<Self, ModelError> {
-        Self::read(|key, _| {
+        Self::default().with_json(json)
+    }
+
+    fn with_json(&self, json: &Json) -> Result<Self, ModelError> {
+        self.with(|key, _| {
             let value = json.get(key).filter(|value| !value.is_null())?;
             Some(Found { key: format!("generation_config.json: {key}"), number: value.as_f64() })
         })
     }
 
-    fn read(find: impl Fn(&str, &str) -> Option<Found>) -> Result<Self, ModelError> {
+    fn with(&self, find: impl Fn(&str, &str) -> Option<Found>) -> Result<Self, ModelError> {
         let number = |json, gguf, expected: &str, valid: fn(f64) -> bool| {
             let Some(found) = find(json, gguf) else { return Ok(None) };
             // In f32 too, as which it is used.
@@ -103,16 +120,27 @@ impl Recommended {
                 }
             }
         };
+        let float = |own: Option<f32>, json, gguf, expected: &str, valid| match own {
+            Some(own) => Ok(Some(own)),
+            None => Ok(number(json, gguf, expected, valid)?.map(|n| n as f32)),
+        };
         let whole = |n: f64| n.fract() == 0.0 && n.abs() <= 1e9;
-        let float = |n: Option<f64>| n.map(|n| n as f32);
+        let share = |n: f64| (0.0..=1.0).contains(&n);
         Ok(Self {
-            temperature: float(number("temperature", "temp", "0 or more", |n| n >= 0.0)?),
-            top_k: number("top_k", "top_k", "a whole number", whole)?.map(|n| n.max(0.0) as usize),
-            top_p: float(number("top_p", "top_p", "more than 0, at most 1,", |n| n > 0.0 && n <= 1.0)?),
-            min_p: float(number("min_p", "min_p", "0 to 1", |n| (0.0..=1.0).contains(&n))?),
-            repetition_penalty: float(number("repetition_penalty", "penalty_repeat", "more than 0", |n| {
-                n > 0.0
-            })?),
+            temperature: float(self.temperature, "temperature", "temp", "0 or more", |n| n >= 0.0)?,
+            top_k: match self.top_k {
+                Some(own) => Some(own),
+                None => number("top_k", "top_k", "a whole number", whole)?.map(|n| n.max(0.0) as usize),
+            },
+            top_p: float(self.top_p, "top_p", "top_p", "more than 0, at most 1,", |n| n > 0.0 && n <= 1.0)?,
+            min_p: float(self.min_p, "min_p", "min_p", "0 to 1", share)?,
+            repetition_penalty: float(
+                self.repetition_penalty,
+                "repetition_penalty",
+                "penalty_repeat",
+                "more than 0",
+                |n| n > 0.0,
+            )?,
         })
     }
 
@@ -125,17 +153,6 @@ impl Recommended {
             min_p: self.min_p.unwrap_or(base.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(base.repetition_penalty),
             ..base
-        }
-    }
-
-    /// `self` where it says something, `other` elsewhere.
-    pub fn or(&self, other: &Self) -> Self {
-        Self {
-            temperature: self.temperature.or(other.temperature),
-            top_k: self.top_k.or(other.top_k),
-            top_p: self.top_p.or(other.top_p),
-            min_p: self.min_p.or(other.min_p),
-            repetition_penalty: self.repetition_penalty.or(other.repetition_penalty),
         }
     }
 
@@ -233,10 +250,18 @@ mod tests {
     }
 
     #[test]
+    fn a_bad_setting_is_no_matter_where_another_takes_its_place() {
+        let json = json!({ "top_p": 1.5, "temperature": 0.5 });
+        let asked = Recommended { top_p: Some(0.9), ..Default::default() };
+        let expected = Recommended { temperature: Some(0.5), ..asked };
+        assert_eq!(asked.with_json(&json).unwrap(), expected);
+        let other = Recommended { temperature: Some(0.9), ..Default::default() };
+        assert!(other.with_json(&json).unwrap_err().to_string().contains("top_p"));
+    }
+
+    #[test]
     fn what_is_not_recommended_stays() {
         let sampling = Recommended { min_p: Some(0.2), ..Default::default() }.over(Sampling::default());
         assert_eq!(sampling, Sampling { min_p: 0.2, ..Sampling::default() });
-        let stated = Recommended { temperature: Some(0.0), ..Default::default() };
-        assert_eq!(stated.or(&all()), Recommended { temperature: Some(0.0), ..all() });
     }
 }

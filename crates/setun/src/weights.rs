@@ -11,9 +11,12 @@ use setun_kernels::dense::{DenseData, DenseMatrix};
 use setun_kernels::matrix::{Scales, TernaryMatrix};
 use setun_kernels::quant;
 
-use crate::config::{ActivationType, HeadOrder, ModelConfig, Numerics, RopeScaling, Storage};
+use crate::config::{ActivationType, HeadOrder, ModelConfig, Numerics, RopeScaling, Storage, Ternary};
 use crate::error::ModelError;
-use crate::format::{Checkpoint, Llama2cKind, ScaleConvention, Tensor, hf_packed_to_ternary};
+use crate::format::{
+    Checkpoint, Encoding, Llama2cKind, Sample, ScaleConvention, Tensor, TensorInfo, hf_packed_to_ternary,
+    mlx_to_ternary,
+};
 use crate::model::{Model, Role, Source};
 
 /// A linear layer's weights as the file defines them.
@@ -61,6 +64,21 @@ impl<'a> Weights<'a> {
         let expert = self.expert(&whole, name, rows, cols, role)?;
         let tensor = expert.as_ref().unwrap_or(&whole);
         let weight = match (role, &self.config.numerics) {
+            (_, Numerics::Ternary(Ternary { storage: Storage::FloatCopies, .. }))
+                if self.is_ternary(name, role) =>
+            {
+                expect_shape(&tensor, &[rows, cols])?;
+                Weight::Ternary(tensor.recognise_ternary().map_err(|error| {
+                    let hint =
+                        "its other rows suggest ternary weights: --weights float runs all matrices as floats";
+                    explained(error, hint)
+                })?)
+            }
+            (_, Numerics::Ternary(Ternary { storage: Storage::Mlx { group }, .. }))
+                if is_mlx(&tensor.info) =>
+            {
+                self.mlx(&tensor, rows, cols, *group)?
+            }
             (Role::Ternary, Numerics::Ternary(ternary)) => {
                 self.ternary(tensor, name, rows, cols, ternary.storage)?
             }
@@ -124,6 +142,16 @@ impl<'a> Weights<'a> {
     pub(crate) fn is_ternary(&self, name: &str, role: Role) -> bool {
         let stored = self.stored_name(name);
         let by_type = self.file.info(&stored).is_some_and(|info| info.encoding.is_ternary());
+        match &self.config.numerics {
+            // An embedding or a head is ternary by its own values alone.
+            Numerics::Ternary(Ternary { storage: Storage::FloatCopies, .. }) => {
+                return role == Role::Ternary || self.looks_ternary(&stored);
+            }
+            Numerics::Ternary(Ternary { storage: Storage::Mlx { .. }, .. }) => {
+                return self.file.info(&stored).is_some_and(is_mlx);
+            }
+            _ => {}
+        }
         let (Role::Ternary, Numerics::Ternary(ternary)) = (role, &self.config.numerics) else {
             return by_type && self.config.activations() == ActivationType::Float;
         };
@@ -132,6 +160,46 @@ impl<'a> Weights<'a> {
             || self.config.sub_norms
             || by_type
             || self.file.info(&scale).is_some()
+    }
+
+    /// Whether a few rows of a float matrix hold ternary values.
+    fn looks_ternary(&self, stored: &str) -> bool {
+        let float = self.file.info(stored).is_some_and(|info| info.encoding.is_float());
+        let sample = || self.file.tensor(stored).ok()?.sample_ternary().ok();
+        float && sample() == Some(Sample::Ternary)
+    }
+
+    fn mlx(&self, packed: &Tensor, rows: usize, cols: usize, group: usize) -> Result<Weight, ModelError> {
+        if cols.is_multiple_of(16) {
+            expect_shape(packed, &[rows, cols / 16])?;
+        }
+        let [scales, biases] = mlx_companions(packed.name());
+        let matrix = mlx_to_ternary(packed, &self.file.tensor(&scales)?, &self.file.tensor(&biases)?, group)?;
+        match (matrix.rows(), matrix.cols()) == (rows, cols) {
+            true => Ok(Weight::Ternary(matrix)),
+            false => Err(ModelError::Shape {
+                name: packed.name().to_owned(),
+                expected: vec![rows, cols.div_ceil(16)],
+                found: packed.shape().to_vec(),
+            }),
+        }
+    }
+
+    /// Names of the tensors that belong to the matrix `name` beside its own, should they be there.
+    pub(crate) fn companions(&self, name: &str, role: Role) -> Vec<String> {
+        let Numerics::Ternary(ternary) = &self.config.numerics else { return Vec::new() };
+        let stored = self.stored_name(name);
+        // Scales count only where they are applied.
+        match (ternary.storage, role) {
+            (Storage::Mlx { .. }, _) if self.file.info(&stored).is_some_and(is_mlx) => {
+                mlx_companions(&stored).into()
+            }
+            (Storage::Divide | Storage::Multiply, Role::Ternary) => vec![format!("{name}_scale")],
+            (Storage::SelfDescribed, Role::Ternary) => {
+                vec![format!("{}.scale", stored.trim_end_matches(".weight"))]
+            }
+            _ => Vec::new(),
+        }
     }
 
     fn ternary(
@@ -161,11 +229,16 @@ impl<'a> Weights<'a> {
                 }
                 return Self::recognise(tensor, extra);
             }
+            // MLX leaves some layers as they are.
+            Storage::FloatCopies | Storage::Mlx { .. } => {
+                expect_shape(tensor, &[rows, cols])?;
+                return Ok(Weight::Dense(tensor.to_dense()?));
+            }
             Storage::Divide => ScaleConvention::Divide,
             Storage::Multiply => ScaleConvention::Multiply,
         };
         let scale = self.file.tensor(&format!("{name}_scale"))?;
-        if tensor.info.encoding == crate::format::Encoding::U8 {
+        if tensor.info.encoding == Encoding::U8 {
             return hf_packed_to_ternary(tensor, &scale, convention, rows, cols).map(Weight::Ternary);
         }
         // Packed or not is decided by the stored shape in `transformers` too: full-size floats hold the codes themselves.
@@ -177,10 +250,7 @@ impl<'a> Weights<'a> {
     fn recognise(tensor: &Tensor, extra: Option<f32>) -> Result<Weight, ModelError> {
         let hint = "a ternary layer is expected, whose weights are 0 or ± one scale; float masters need \
                     `quantization_mode: online` in a config.json";
-        let matrix = tensor.recognise_ternary().map_err(|error| match error {
-            ModelError::Tensor { name, what } => ModelError::Tensor { name, what: format!("{what}: {hint}") },
-            other => other,
-        })?;
+        let matrix = tensor.recognise_ternary().map_err(|error| explained(error, hint))?;
         match matrix.scales() {
             Scales::Tensor(_) => rescale(matrix, extra, tensor.name()).map(Weight::Ternary),
             _ => Err(ModelError::tensor(tensor.name(), format!("it has more than one scale: {hint}"))),
@@ -219,8 +289,8 @@ impl<'a> Weights<'a> {
     /// # Errors
     /// [`ModelError::Unsupported`] with the first such tensor and their number.
     pub fn check_all_used(&self) -> Result<(), ModelError> {
-        const PARTS: [&str; 7] =
-            ["blk.", "model.", "token_embd", "output", "rope_", "lm_head", "transformer."];
+        const PARTS: [&str; 8] =
+            ["blk.", "model.", "layers.", "token_embd", "output", "rope_", "lm_head", "transformer."];
         if self.config.tied && self.file.info("lm_head.weight").is_some() {
             self.check_tied_copy()?;
         }
@@ -275,9 +345,10 @@ impl<'a> Weights<'a> {
         };
         let names =
             self.file.tensors().map(|t| t.name.as_str()).filter(|name| name.ends_with(".weight_scale"));
-        let mut scales = names
-            .map(|name| scale_value(&self.file.tensor(name)?, convention))
-            .collect::<Result<Vec<f32>, ModelError>>()?;
+        // A scale that is none is reported where its matrix is read.
+        let mut scales: Vec<f32> = names
+            .filter_map(|name| scale_value(&self.file.tensor(name).ok()?, convention).ok())
+            .collect();
         scales.sort_by(f32::total_cmp);
         let Some(&middle) = scales.get(scales.len() / 2).filter(|&&scale| scale > LARGEST) else {
             return Ok(());
@@ -300,17 +371,7 @@ impl<'a> Weights<'a> {
 
     /// The name under which the file holds what the model calls `name`.
     pub(crate) fn stored_name(&self, name: &str) -> String {
-        if self.file.gguf_metadata().is_some() {
-            return gguf_name_in(self.config, name);
-        }
-        // 1bitLLM's names for the sub-norms.
-        let older = name
-            .replace("self_attn.attn_sub_norm.", "self_attn.inner_attn_ln.")
-            .replace("mlp.ffn_sub_norm.", "mlp.ffn_layernorm.");
-        match self.file.info(name).is_none() && self.file.info(&older).is_some() {
-            true => older,
-            false => self.fused_name(name).unwrap_or_else(|| name.to_owned()),
-        }
+        self.fused_name(name).unwrap_or_else(|| stored_name(self.file, self.config.hybrid.is_some(), name))
     }
 
     /// Heads of a tensor whose rows GGUF keeps in neighbouring-pair order.
@@ -417,14 +478,7 @@ impl Source for Asked<'_> {
 
     fn matrix(&mut self, name: &str, _: usize, _: usize, role: Role) -> Result<(), ModelError> {
         let stored = self.weights.stored_name(name);
-        // Scales count only where they are applied.
-        if let (Role::Ternary, Numerics::Ternary(ternary)) = (role, &self.weights.config.numerics) {
-            self.names.extend(match ternary.storage {
-                Storage::Masters => None,
-                Storage::Divide | Storage::Multiply => Some(format!("{name}_scale")),
-                Storage::SelfDescribed => Some(format!("{}.scale", stored.trim_end_matches(".weight"))),
-            });
-        }
+        self.names.extend(self.weights.companions(name, role));
         self.names.insert(stored);
         Ok(())
     }
@@ -432,6 +486,44 @@ impl Source for Asked<'_> {
     fn vector(&mut self, name: &str, _: usize) -> Result<(), ModelError> {
         self.names.insert(self.weights.stored_name(name));
         Ok(())
+    }
+}
+
+/// The name under which `file` holds what the model calls `name`; if it does not, the usual one of its container.
+pub(crate) fn stored_name(file: &Checkpoint, hybrid: bool, name: &str) -> String {
+    let there = |name: &String| file.info(name).is_some();
+    if file.gguf_metadata().is_some() {
+        let own = gguf_name_in(hybrid, name);
+        // bitnet.cpp's name of norms inside linear layers.
+        let other = own.strip_suffix(".rms_norm.weight").map(|module| format!("{module}_norm_in.weight"));
+        return other.filter(|other| !there(&own) && there(other)).unwrap_or(own);
+    }
+    // 1bitLLM's names of the sub-norms, BitDistill's of the norms inside linear layers.
+    let older = name
+        .replace("self_attn.attn_sub_norm.", "self_attn.inner_attn_ln.")
+        .replace("mlp.ffn_sub_norm.", "mlp.ffn_layernorm.")
+        .replace("_proj.rms_norm.", "_proj.norm.");
+    // Embedding models are saved without the head around them.
+    let bare = |name: &str| name.strip_prefix("model.").unwrap_or(name).to_owned();
+    let names = [name.to_owned(), older.clone(), bare(name), bare(&older)];
+    names.into_iter().find(there).unwrap_or_else(|| name.to_owned())
+}
+
+/// Whether this is a matrix as MLX packs it.
+fn is_mlx(info: &TensorInfo) -> bool {
+    matches!(&info.encoding, Encoding::Other(name) if name == "U32")
+}
+
+/// MLX's scales and biases beside the matrix `stored`.
+fn mlx_companions(stored: &str) -> [String; 2] {
+    let module = stored.trim_end_matches(".weight");
+    [format!("{module}.scales"), format!("{module}.biases")]
+}
+
+fn explained(error: ModelError, hint: &str) -> ModelError {
+    match error {
+        ModelError::Tensor { name, what } => ModelError::Tensor { name, what: format!("{what}: {hint}") },
+        other => other,
     }
 }
 
@@ -483,9 +575,9 @@ pub(crate) fn gguf_name(name: &str) -> String {
 }
 
 /// [`gguf_name`], with what single families call differently.
-pub(crate) fn gguf_name_in(config: &ModelConfig, name: &str) -> String {
+pub(crate) fn gguf_name_in(hybrid: bool, name: &str) -> String {
     let stored = gguf_name(name);
-    match config.hybrid.is_some() {
+    match hybrid {
         true => stored.replace(".ffn_norm.", ".post_attention_norm."),
         false => stored,
     }

@@ -7,8 +7,8 @@ use setun_kernels::matrix::Scales;
 
 use super::rope::{Rope, RopeScaling, yarn_attention};
 use super::{
-    Activation, ActivationType, Experts, Family, HeadOrder, Hybrid, ModelConfig, Numerics, Rotation, Storage,
-    Ternary, contradictions, known, value_error,
+    Activation, ActivationType, Experts, Family, HeadOrder, Hybrid, ModelConfig, Numerics, Pooling, Rotation,
+    Storage, Ternary, contradictions, known, recognise, value_error,
 };
 use crate::error::ModelError;
 use crate::format::gguf::{Array, Metadata, Value, required};
@@ -49,10 +49,6 @@ impl ModelConfig {
             _ => None,
         };
         num_layers -= hybrid.as_ref().map_or(0, |h| h.draft_layers);
-        if file.info("blk.0.attn_q_norm_in.weight").is_some() {
-            let expected = "absent, since norms inside linear layers are not read from GGUF under this name";
-            return Err(value_error("blk.0.attn_q_norm_in.weight", "there", expected));
-        }
         let rotation = Rotation::from_gguf(file, meta, family, num_layers)?;
         if let (Some(hybrid), true) = (&mut hybrid, rotation.as_ref().is_some_and(Rotation::keeps_groups)) {
             // Their output projections are stored for heads in this order, which no fold can be taken back from.
@@ -84,6 +80,11 @@ impl ModelConfig {
         let tokenizer_id = |key: &str| -> Result<Option<u32>, ModelError> {
             Ok(meta.u64(&format!("tokenizer.ggml.{key}"))?.and_then(|id| u32::try_from(id).ok()))
         };
+        let rms_norm_eps = required(
+            &keys.name("attention.layer_norm_rms_epsilon"),
+            keys.float("attention.layer_norm_rms_epsilon")?,
+        )?;
+        let inner_norms = recognise::inner_norms(file);
         let mut eos: Vec<u32> = Vec::new();
         for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
             eos.extend(tokenizer_id(key)?.filter(|id| !eos.contains(id)));
@@ -101,10 +102,7 @@ impl ModelConfig {
             kv_heads: keys.per_layer("attention.head_count_kv", num_layers)?.unwrap_or(heads),
             head_dim,
             max_positions,
-            rms_norm_eps: required(
-                &keys.name("attention.layer_norm_rms_epsilon"),
-                keys.float("attention.layer_norm_rms_epsilon")?,
-            )?,
+            rms_norm_eps,
             tied: !has("output.weight"),
             activation: if family == Family::BitNet { Activation::Relu2 } else { Activation::Silu },
             rope: rope(&keys, file, head_dim, max_positions)?,
@@ -113,10 +111,14 @@ impl ModelConfig {
                 _ => vec![None; num_layers.min(super::MAX_LAYERS)],
             },
             sub_norms: matches!(family, Family::BitNet | Family::BitNetSilu),
-            inner_norm_eps: match has("blk.0.attn_q.rms_norm.weight") {
-                true => Some(keys.float("attention.inner_norm_rms_epsilon")?.unwrap_or(1e-6)),
-                false => None,
+            inner_norm_eps: match (inner_norms, keys.float("attention.inner_norm_rms_epsilon")?) {
+                (None, _) => None,
+                (Some(_), Some(eps)) => Some(eps),
+                // Under bitnet.cpp's names they are computed with the ε of all norms.
+                (Some(_), None) if has("blk.0.attn_output_norm_in.weight") => Some(rms_norm_eps),
+                (Some(_), None) => Some(1e-6),
             },
+            inner_norms: inner_norms.unwrap_or_default(),
             qk_norm: family.has_qk_norm(),
             attention_gate: family == Family::Qwen35,
             hybrid,
@@ -128,6 +130,7 @@ impl ModelConfig {
             rotation,
             bos: tokenizer_id("bos_token_id")?,
             eos,
+            pooling: pooling(&keys)?,
         };
         config.check()
     }
@@ -223,6 +226,14 @@ impl ModelConfig {
         if let Some(hybrid) = &self.hybrid {
             hybrid_keys(hybrid, &mut put);
         }
+        let number = |p| Pooling::GGUF.iter().find(|(_, pooling)| *pooling == p).map(|&(n, _)| n as usize);
+        if let Some(pooling) = self.pooling {
+            let number = number(pooling).ok_or_else(|| {
+                let expected = "stated in 1_Pooling/config.json, since GGUF knows embedding models by it";
+                value_error("pooling", "unknown", expected)
+            })?;
+            out.push((format!("{arch}.pooling_type"), size(number)));
+        }
         out.extend(self.rotation.iter().flat_map(Rotation::to_gguf));
         Ok(out)
     }
@@ -288,6 +299,17 @@ impl Keys<'_> {
                 Err(value_error(&name, found, format!("one value, the same for all {layers} layers")))
             }
         }
+    }
+}
+
+/// How an embedding model pools; `None` for one that gives text.
+fn pooling(keys: &Keys) -> Result<Option<Pooling>, ModelError> {
+    match keys.size("pooling_type")? {
+        None | Some(0) => Ok(None),
+        Some(number) => match Pooling::GGUF.iter().find(|(n, _)| *n == number as u64) {
+            Some(&(_, pooling)) => Ok(Some(pooling)),
+            None => Err(value_error(&keys.name("pooling_type"), number, "0 to 4")),
+        },
     }
 }
 
@@ -468,6 +490,19 @@ fn rope(keys: &Keys, file: &Checkpoint, head_dim: usize, max_positions: usize) -
         (Some("none"), _) | (None, None | Some(0.0)) => RopeScaling::Default,
         (Some("linear") | None, Some(factor)) => RopeScaling::Linear { factor: f64::from(factor) },
         (Some("yarn"), Some(factor)) => {
+            // What llama.cpp can also be told, and what it means there by default.
+            for (key, neutral) in [
+                ("yarn_ext_factor", &[-1.0, 1.0][..]),
+                ("yarn_attn_factor", &[1.0]),
+                ("yarn_log_multiplier", &[0.0]),
+            ] {
+                let key = format!("rope.scaling.{key}");
+                if let Some(found) = keys.float(&key)?.filter(|found| !neutral.contains(found)) {
+                    let expected =
+                        format!("absent or {}, since nothing here applies it", neutral[neutral.len() - 1]);
+                    return Err(value_error(&keys.name(&key), found, expected));
+                }
+            }
             let factor = f64::from(factor);
             let extra = keys.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
             let original = keys.size("rope.scaling.original_context_length")?.unwrap_or(max_positions);
@@ -584,6 +619,38 @@ mod tests {
             [("rope.scaling.type", Value::String("yarn".into())), ("rope.scaling.factor", Value::F32(4.0))];
         let scaling = read(&keys).unwrap().rope.scaling;
         assert!(matches!(scaling, RopeScaling::Yarn { original: 64, .. }), "{scaling:?}");
+    }
+
+    #[test]
+    fn yarn_settings_that_nothing_here_applies_are_refused_unless_neutral() {
+        for (key, neutral) in
+            [("yarn_ext_factor", -1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)]
+        {
+            let with = |value| {
+                let key = format!("rope.scaling.{key}");
+                read(&[
+                    ("rope.scaling.type", Value::String("yarn".into())),
+                    ("rope.scaling.factor", Value::F32(4.0)),
+                    (&key, Value::F32(value)),
+                ])
+            };
+            let error = with(0.5).unwrap_err().to_string();
+            assert!(error.contains(&format!("llama.rope.scaling.{key}")), "{error}");
+            assert!(with(neutral).is_ok(), "{key}");
+        }
+    }
+
+    #[test]
+    fn a_pooling_type_makes_an_embedding_model_and_survives() {
+        assert_eq!(read(&[("pooling_type", Value::U32(0))]).unwrap().pooling, None);
+        let config = read(&[("pooling_type", Value::U32(3))]).unwrap();
+        assert_eq!(config.pooling, Some(Pooling::Last));
+        assert!(config.to_gguf().unwrap().contains(&("llama.pooling_type".into(), Value::U32(3))));
+        assert!(
+            read(&[("pooling_type", Value::U32(9))]).unwrap_err().to_string().contains("llama.pooling_type")
+        );
+        let unstated = ModelConfig { pooling: Some(Pooling::Unstated), ..config };
+        assert!(unstated.to_gguf().unwrap_err().to_string().contains("1_Pooling"));
     }
 
     #[test]

@@ -7,8 +7,8 @@ use serde_json::{Map, Value, json};
 
 use super::rope::{Rope, RopeScaling, yarn_attention};
 use super::{
-    Activation, ActivationType, Exceptions, Experts, Family, HeadOrder, Hybrid, ModelConfig, Numerics,
-    Storage, Ternary, contradictions, known, value_error,
+    Activation, ActivationType, Exceptions, Experts, Family, HeadOrder, Hybrid, InnerNorms, ModelConfig,
+    Numerics, Pooling, Storage, Ternary, contradictions, known, value_error,
 };
 use crate::error::ModelError;
 use raw::{RawConfig, RawRope};
@@ -113,9 +113,10 @@ impl ModelConfig {
             max_positions,
             rms_norm_eps: need(raw.rms_norm_eps, "rms_norm_eps")? as f32,
             // The class default of every family here, `transformers` included; files leave it out when false.
-            tied: raw.tie_word_embeddings.unwrap_or(family == Family::BitNetSilu),
+            // Without a head of its own an embedding model counts as tied.
+            tied: headless(class(&raw)) || raw.tie_word_embeddings.unwrap_or(family == Family::BitNetSilu),
             activation,
-            rope: rope(&raw, head_dim, max_positions, defaults.rope_theta)?,
+            rope: rope(&raw, family, head_dim, max_positions, defaults.rope_theta)?,
             windows: windows(json, &raw, family, num_layers)?,
             sub_norms: matches!(family, Family::BitNet | Family::BitNetSilu),
             inner_norm_eps: raw
@@ -123,6 +124,7 @@ impl ModelConfig {
                 .as_ref()
                 .filter(|q| q.use_rms_norm == Some(true))
                 .map(|q| q.rms_norm_eps.unwrap_or(1e-6) as f32),
+            inner_norms: InnerNorms::All,
             qk_norm: family.has_qk_norm(),
             attention_gate: family == Family::Qwen35,
             hybrid,
@@ -138,6 +140,7 @@ impl ModelConfig {
             rotation: None,
             bos: ids(&raw.bos_token_id, "bos_token_id")?.first().copied(),
             eos: ids(&raw.eos_token_id, "eos_token_id")?,
+            pooling: headless(class(&raw)).then_some(Pooling::Unstated),
         };
         config.check()
     }
@@ -155,7 +158,10 @@ impl ModelConfig {
             Family::BitNetSilu => ("bitnet", "BitnetForCausalLM"),
         };
         let mut json = json!({
-            "architectures": [architecture],
+            "architectures": [match self.pooling {
+                Some(_) => architecture.replace("ForCausalLM", "Model"),
+                None => architecture.to_owned(),
+            }],
             "model_type": model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -176,7 +182,7 @@ impl ModelConfig {
             "torch_dtype": "float32",
         });
         let map = json.as_object_mut().expect("built as an object");
-        if self.rope.rotary_dim != self.head_dim || self.hybrid.is_some() {
+        if self.hybrid.is_some() {
             let factor = self.rope.rotary_dim as f64 / self.head_dim as f64;
             map.insert("partial_rotary_factor".into(), json!(factor));
         }
@@ -197,7 +203,9 @@ impl ModelConfig {
             let (class, mode) = match ternary.storage {
                 Storage::Masters => ("autobitlinear", "online"),
                 Storage::Divide => ("bitlinear", "offline"),
-                Storage::Multiply | Storage::SelfDescribed => ("autobitlinear", "offline"),
+                Storage::Multiply | Storage::SelfDescribed | Storage::FloatCopies | Storage::Mlx { .. } => {
+                    ("autobitlinear", "offline")
+                }
             };
             let mut quantization = json!({
                 "quant_method": "bitnet", "linear_class": class, "quantization_mode": mode,
@@ -250,14 +258,14 @@ fn wrong_type(json: &Value, error: &serde_json::Error) -> ModelError {
 
 fn family(raw: &RawConfig) -> Result<Family, ModelError> {
     // 1bitLLM's files say model_type "llama"; the class name, lower-case n, is what tells them apart.
-    let class = raw.architectures.as_ref().and_then(|names| names.first()).map(String::as_str);
+    let class = class(raw);
     Ok(match (class, raw.model_type.as_deref()) {
         (Some("BitnetForCausalLM"), _) => Family::BitNetSilu,
         (Some("BitNetForCausalLM"), _) | (None, Some("bitnet")) => Family::BitNet,
-        (Some("LlamaForCausalLM"), _) | (None, Some("llama")) => Family::Llama,
-        (Some("MistralForCausalLM"), _) | (None, Some("mistral")) => Family::Mistral,
-        (Some("Qwen2ForCausalLM"), _) | (None, Some("qwen2")) => Family::Qwen2,
-        (Some("Qwen3ForCausalLM"), _) | (None, Some("qwen3")) => Family::Qwen3,
+        (Some("LlamaForCausalLM" | "LlamaModel"), _) | (None, Some("llama")) => Family::Llama,
+        (Some("MistralForCausalLM" | "MistralModel"), _) | (None, Some("mistral")) => Family::Mistral,
+        (Some("Qwen2ForCausalLM" | "Qwen2Model"), _) | (None, Some("qwen2")) => Family::Qwen2,
+        (Some("Qwen3ForCausalLM" | "Qwen3Model"), _) | (None, Some("qwen3")) => Family::Qwen3,
         (Some("Qwen3MoeForCausalLM"), _) | (None, Some("qwen3_moe")) => Family::Qwen3Moe,
         (Some("Qwen3_5ForCausalLM"), _) | (None, Some("qwen3_5_text")) => Family::Qwen35,
         (None, None) => return Err(ModelError::ConfigMissing { field: "architectures".into() }),
@@ -272,7 +280,72 @@ fn family(raw: &RawConfig) -> Result<Family, ModelError> {
     })
 }
 
+fn class(raw: &RawConfig) -> Option<&str> {
+    raw.architectures.as_ref().and_then(|names| names.first()).map(String::as_str)
+}
+
+/// Whether a class of `transformers` is a model without an output head: one for embeddings.
+fn headless(class: Option<&str>) -> bool {
+    class.is_some_and(|class| class.ends_with("Model"))
+}
+
+/// What sentence-transformers' `1_Pooling/config.json` says.
+pub(super) fn pooling(json: &Value) -> Pooling {
+    let modes = [
+        ("pooling_mode_mean_tokens", Pooling::Mean),
+        ("pooling_mode_cls_token", Pooling::First),
+        ("pooling_mode_lasttoken", Pooling::Last),
+    ];
+    let set = modes.into_iter().filter(|(key, _)| json.get(key) == Some(&Value::Bool(true)));
+    match set.map(|(_, pooling)| pooling).collect::<Vec<_>>()[..] {
+        [one] => one,
+        _ => Pooling::Unstated,
+    }
+}
+
+/// What MLX's `quantization` section says: one group size for all packed layers, in two bits.
+fn mlx(section: &Map<String, Value>) -> Result<Numerics, ModelError> {
+    let field = |key: &str| format!("quantization.{key}");
+    let size = |key: &str| need(section.get(key).and_then(Value::as_u64), &field(key));
+    let bits = size("bits")?;
+    if bits != 2 {
+        return Err(value_error(
+            &field("bits"),
+            bits,
+            "2: ternary weights are what is read of MLX's formats",
+        ));
+    }
+    if let Some(mode) = section.get("mode").filter(|mode| mode.as_str() != Some("affine")) {
+        return Err(value_error(&field("mode"), mode, "`affine` or absent"));
+    }
+    let group = size("group_size")?;
+    // Settings of single layers: left out (false), or as all others.
+    for (layer, own) in section.iter().filter(|(_, own)| own.is_object()) {
+        let same = |key: &str, all: u64| own.get(key).is_none_or(|v| v.as_u64() == Some(all));
+        if !same("bits", bits) || !same("group_size", group) {
+            return Err(value_error(
+                &field(layer),
+                own,
+                format!("{bits} bits in groups of {group}, as all layers have"),
+            ));
+        }
+    }
+    let group = usize::try_from(group).unwrap_or(usize::MAX);
+    let storage = Storage::Mlx { group };
+    Ok(Numerics::Ternary(Ternary { activations: ActivationType::Float, storage, exceptions: None }))
+}
+
 fn numerics(raw: &RawConfig, family: Family) -> Result<Numerics, ModelError> {
+    if let Some(section) = &raw.quantization {
+        return match family {
+            Family::BitNet | Family::BitNetSilu => Err(value_error(
+                "quantization",
+                "MLX's settings",
+                "absent in a BitNet, which is packed by its own rule",
+            )),
+            _ => mlx(section),
+        };
+    }
     let Some(q) = &raw.quantization_config else {
         return match (family, raw.weight_bits, raw.input_bits) {
             // 1bitLLM: float masters, quantised on the fly; nothing but these two keys says so.
@@ -284,7 +357,7 @@ fn numerics(raw: &RawConfig, family: Family) -> Result<Numerics, ModelError> {
                 Err(value_error("weight_bits / input_bits", found, "1 and 8, as the 1bitLLM models have"))
             }
             (Family::BitNet, ..) => Err(ModelError::ConfigMissing { field: "quantization_config".into() }),
-            // Float copies of ternary weights (`-unpacked`, "fake-quant") come without a word about it: their values are exact.
+            // Float copies of ternary weights (`-unpacked`, "fake-quant") come without a word about it: see `recognise`.
             _ => Ok(Numerics::Float),
         };
     };
@@ -410,17 +483,30 @@ fn windows(
     })
 }
 
-fn rope(raw: &RawConfig, head_dim: usize, max_positions: usize, theta: f64) -> Result<Rope, ModelError> {
+fn rope(
+    raw: &RawConfig,
+    family: Family,
+    head_dim: usize,
+    max_positions: usize,
+    theta: f64,
+) -> Result<Rope, ModelError> {
     let section = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());
     let theta = section.and_then(|s| s.rope_theta).or(raw.rope_theta).unwrap_or(theta);
-    let partial =
-        raw.partial_rotary_factor.or_else(|| section.and_then(|s| s.partial_rotary_factor)).unwrap_or(1.0);
     let scaling = match section {
         None => RopeScaling::Default,
         Some(section) => scaling(section, max_positions)?,
     };
-    let rotary_dim = (head_dim as f64 * partial) as usize;
-    Ok(Rope { theta, rotary_dim, scaling })
+    let partial = section.and_then(|s| s.partial_rotary_factor).or(raw.partial_rotary_factor);
+    if family == Family::Qwen35 {
+        return Ok(Rope { theta, rotary_dim: (head_dim as f64 * partial.unwrap_or(1.0)) as usize, scaling });
+    }
+    // The classes of the other families rotate whole heads and never look at the factor (`compute_default_rope_parameters` in
+    // transformers 5.23, modeling_llama.py and its kin); with a scaled type they make tables that fit no head, and fail.
+    if let Some(partial) = partial.filter(|&p| p != 1.0 && scaling != RopeScaling::Default) {
+        let expected = "1 or absent beside a scaled rope_type, since these families rotate whole heads";
+        return Err(value_error("partial_rotary_factor", partial, expected));
+    }
+    Ok(Rope { theta, rotary_dim: head_dim, scaling })
 }
 
 fn scaling(raw: &RawRope, max_positions: usize) -> Result<RopeScaling, ModelError> {
@@ -605,6 +691,34 @@ mod tests {
         assert_eq!((config.rope.theta, config.rope.scaling), (5000.0, RopeScaling::Linear { factor: 2.0 }));
         let error = both(5000.0, 6000.0).unwrap_err().to_string();
         assert!(error.contains("`rope_parameters`"), "{error}");
+    }
+
+    #[test]
+    fn whole_heads_rotate_whatever_the_partial_factor_which_a_scaled_rope_refuses() {
+        let half = json!({"partial_rotary_factor": 0.5});
+        assert_eq!(
+            read("LlamaForCausalLM", half).unwrap().rope,
+            read("LlamaForCausalLM", json!({})).unwrap().rope
+        );
+        let scaled =
+            json!({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}});
+        let error = read("Qwen3ForCausalLM", scaled).unwrap_err().to_string();
+        assert!(error.contains("`partial_rotary_factor` is 0.5"), "{error}");
+    }
+
+    #[test]
+    fn classes_without_a_head_are_embedding_models() {
+        let config = read("Qwen3Model", json!({})).unwrap();
+        assert_eq!((config.family, config.pooling), (Family::Qwen3, Some(Pooling::Unstated)));
+        assert_eq!(ModelConfig::from_json(&config.to_json()).unwrap(), config);
+        assert_eq!(
+            pooling(&json!({"pooling_mode_cls_token": true, "pooling_mode_lasttoken": false})),
+            Pooling::First
+        );
+        assert_eq!(
+            pooling(&json!({"pooling_mode_cls_token": true, "pooling_mode_lasttoken": true})),
+            Pooling::Unstated
+        );
     }
 
     #[test]

@@ -41,14 +41,14 @@ const KNOWN: &[Known] = &[
         missing: "the expert that all tokens share",
     },
     Known {
-        classes: &["Gemma3ForCausalLM", "Gemma3TextModel", "Gemma3ForConditionalGeneration"],
+        classes: &["Gemma3ForCausalLM", "Gemma3TextModel", "Gemma3Model", "Gemma3ForConditionalGeneration"],
         types: &["gemma3", "gemma3_text"],
         architectures: &["gemma3", "gemma-embedding"],
-        name: "Gemma 3",
+        name: "Gemma 3 (bitnet-embedding-270m)",
         missing: "GELU gates, norms after each block and scaled embeddings",
     },
     Known {
-        classes: &["MiniCPMForCausalLM", "MiniCPM3ForCausalLM"],
+        classes: &["MiniCPMForCausalLM", "MiniCPM3ForCausalLM", "MiniCPM4ForCausalLM"],
         types: &["minicpm", "minicpm3", "minicpm4"],
         architectures: &["minicpm", "minicpm3"],
         name: "MiniCPM (BitCPM)",
@@ -58,15 +58,50 @@ const KNOWN: &[Known] = &[
         classes: &["OLMoForCausalLM", "OlmoForCausalLM", "OlmoModelForCausalLM"],
         types: &["olmo", "hf_olmo"],
         architectures: &["olmo"],
-        name: "OLMo",
-        missing: "layer norms without weights",
+        name: "OLMo (OLMo-Bitnet-1B)",
+        missing: "layer norms without weights, and for its ternary layers a definition outside the code that came with it,",
+    },
+    Known {
+        classes: &["Olmo2ForCausalLM", "Olmo3ForCausalLM"],
+        types: &["olmo2", "olmo3"],
+        architectures: &["olmo2"],
+        name: "OLMo 2",
+        missing: "norms after attention and feed-forward instead of before",
+    },
+    Known {
+        classes: &["FalconH1ForCausalLM"],
+        types: &["falcon_h1"],
+        architectures: &["falcon-h1"],
+        name: "Falcon-H1",
+        missing: "its state-space (Mamba) layers",
+    },
+    Known {
+        classes: &["LLaDAModelLM"],
+        types: &["llada"],
+        architectures: &["llada", "dream"],
+        name: "a masked diffusion model",
+        missing: "attention to later tokens and generation by unmasking",
+    },
+    Known {
+        classes: &["LlavaForConditionalGeneration", "OpenVLAForActionPrediction"],
+        types: &["llava", "openvla"],
+        architectures: &["clip"],
+        name: "a vision-language model",
+        missing: "image encoders",
+    },
+    Known {
+        classes: &["HGRNBitForCausalLM", "RWKV7ForCausalLM"],
+        types: &["hgrn_bit", "rwkv7"],
+        architectures: &["rwkv7"],
+        name: "a linear-recurrent model (MatMul-free LM)",
+        missing: "its recurrent layers",
     },
     Known {
         classes: &[],
         types: &["maple"],
         architectures: &["maple"],
         name: "Maple",
-        missing: "its clamped gates",
+        missing: "clamped gates",
     },
     Known {
         classes: &["MixtralForCausalLM"],
@@ -91,9 +126,25 @@ const KNOWN: &[Known] = &[
     },
 ];
 
+/// Models whose classes have no settled spelling, by a part of it in lower case: that part, name, what is missing.
+const BY_PART: &[(&str, &str, &str)] = &[
+    ("maple", "Maple", "clamped gates"),
+    ("mdlm", "a masked diffusion model (echo-mdlm)", "attention to later tokens and generation by unmasking"),
+    ("bitvla", "BitVLA", "image encoders and its action head"),
+    ("bitmar", "BitMar", "image encoders and its episodic memory"),
+    (
+        "qtea",
+        "QTEA",
+        "its sparse float columns beside the ternary weights, which only its own program defines,",
+    ),
+    ("sherry", "Sherry (AngelSlim)", "its 3-of-4 sparse packing (STQ)"),
+    ("tequila", "Tequila (AngelSlim)", "its reactivated zero weights"),
+];
+
 /// The end of a refusal of the family with this class or `model_type`: empty, or what it is and what it lacks here.
 pub(super) fn in_config(class: Option<&str>, model_type: Option<&str>) -> String {
-    clause(|known| {
+    let names = [class, model_type];
+    clause(names.into_iter().flatten(), |known| {
         class.is_some_and(|class| known.classes.contains(&class))
             || model_type.is_some_and(|kind| known.types.contains(&kind))
     })
@@ -101,13 +152,19 @@ pub(super) fn in_config(class: Option<&str>, model_type: Option<&str>) -> String
 
 /// The same for a GGUF architecture.
 pub(super) fn in_gguf(architecture: &str) -> String {
-    clause(|known| known.architectures.contains(&architecture))
+    clause([architecture].into_iter(), |known| known.architectures.contains(&architecture))
 }
 
-fn clause(is: impl Fn(&Known) -> bool) -> String {
-    KNOWN.iter().find(|known| is(known)).map_or(String::new(), |known| {
-        format!("; {} is recognised, but not supported: {} are missing here", known.name, known.missing)
-    })
+fn clause<'a>(names: impl Iterator<Item = &'a str>, is: impl Fn(&Known) -> bool) -> String {
+    let names: Vec<String> = names.map(str::to_lowercase).collect();
+    let listed = KNOWN.iter().find(|known| is(known)).map(|known| (known.name, known.missing));
+    let by_part = || BY_PART.iter().find(|(part, ..)| names.iter().any(|name| name.contains(part)));
+    match listed.or_else(|| by_part().map(|&(_, name, missing)| (name, missing))) {
+        Some((name, missing)) => {
+            format!("; {name} is recognised, but not supported: {missing} are missing here")
+        }
+        None => String::new(),
+    }
 }
 
 #[cfg(test)]
@@ -131,6 +188,15 @@ mod tests {
             for architecture in known.architectures {
                 assert!(in_gguf(architecture).contains(known.missing), "{architecture}");
             }
+        }
+        for (class, named) in [
+            ("MapleForCausalLM", "Maple"),
+            ("EchoMDLM", "diffusion"),
+            ("BitVLAForActionPrediction", "BitVLA"),
+        ] {
+            let json = serde_json::json!({"architectures": [class]});
+            let error = ModelConfig::from_json(&json).unwrap_err().to_string();
+            assert!(error.contains(named) && error.contains("missing here"), "{error}");
         }
         assert_eq!(in_gguf("llama"), "");
     }

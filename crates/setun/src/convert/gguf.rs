@@ -86,6 +86,7 @@ fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
         items.push(Item { spec, part: Part::Given(divisors), interleave: None });
     }
     for (index, planned) in job.planned.iter().enumerate() {
+        let cols = planned.shape.last().copied().unwrap_or(0);
         let encoding = match (planned.role, planned.ternary) {
             // Readers expect vectors in full precision.
             (None, _) => Encoding::F32,
@@ -95,17 +96,22 @@ fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
                     // Where embedding and head are ternary too, one type is meant for all.
                     false => job.options.embedding_type.clone().or(job.options.linear_type.clone()),
                 };
-                // I2_S says that activations are rounded, which weight-only models do not do.
-                let own = if job.is_weight_only() { planned.stored.clone() } else { Encoding::I2S };
+                let own = match job.is_weight_only() {
+                    // I2_S says that activations are rounded, which weight-only models do not do.
+                    false => Encoding::I2S,
+                    true if planned.stored.is_ternary() => planned.stored.clone(),
+                    // Recognised in floats, or packed as GGUF has no word for: the finest groups, which every program reads.
+                    true if cols.is_multiple_of(64) => Encoding::Q2_0G64,
+                    true => planned.own_float(),
+                };
                 asked.unwrap_or(own)
             }
             (Some(_), false) => job.float_type(planned),
         };
-        let cols = planned.shape.last().copied().unwrap_or(0);
         if !cols.is_multiple_of(encoding.block_len()) {
             return Err(no_whole_blocks(planned, cols, &encoding));
         }
-        let name = gguf_name_in(job.config, &planned.name);
+        let name = gguf_name_in(job.config.hybrid.is_some(), &planned.name);
         if experts::parse(&planned.name).is_some() {
             match stacks.get(&name) {
                 Some(&at) => add_expert(&mut items[at], index, planned, encoding)?,

@@ -138,7 +138,8 @@ fn config(job: &Job, scales: ScaleConvention) -> Result<ModelConfig, ModelError>
         return Err(ModelError::ConfigValue {
             field: "quantization_config".into(),
             found: "ternary weights with float activations".into(),
-            expected: "W1.58A8, since loaders of packed layers round activations to int8: convert to GGUF"
+            expected: "W1.58A8, since loaders of packed layers round activations to int8: convert to GGUF, or read a float \
+                       folder as floats (--weights float)"
                 .into(),
         });
     }
@@ -191,7 +192,10 @@ pub(super) fn write_files(
             _ => "float32".into(),
         };
     write_json(&folder.join("config.json"), &json)?;
-    let source = job.file.folder().filter(|_| job.file.kind() == CheckpointKind::Safetensors);
+    let source = job
+        .file
+        .folder()
+        .filter(|_| matches!(job.file.kind(), CheckpointKind::Safetensors | CheckpointKind::PyTorch));
     if let (None, false, Some(source)) = (job.options.tokenizer, job.options.without_tokenizer, source) {
         return copy_companions(source, folder, notes);
     }

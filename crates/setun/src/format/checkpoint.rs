@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use super::gguf::{self, Metadata};
 use super::llama2c::{self, Llama2cFacts};
 use super::mmap::FileBytes;
-use super::options::OpenOptions;
-use super::safetensors;
+use super::options::{FloatWeights, OpenOptions};
 use super::tensor::{Tensor, TensorInfo};
+use super::{pickle, safetensors};
 use crate::error::ModelError;
 
 /// The container a checkpoint came in.
@@ -21,6 +21,8 @@ pub enum CheckpointKind {
     Gguf,
     /// A llama2.c checkpoint, float or ternary.
     Llama2c,
+    /// One file of `torch.save`, or a folder of shards with their index.
+    PyTorch,
 }
 
 /// A model file or folder, opened: its tensors by name, and what it says about itself.
@@ -35,11 +37,12 @@ pub struct Checkpoint {
     header: Vec<(String, String)>,
     llama2c: Option<Llama2cFacts>,
     evidence: Vec<String>,
+    float_weights: FloatWeights,
     on_disk: bool,
 }
 
 impl Checkpoint {
-    /// Opens a model: a folder with safetensors (or one GGUF file), or a file, whose kind is
+    /// Opens a model: a folder with safetensors, PyTorch's files or one GGUF file, or a file, whose kind is
     /// decided by its first bytes and not by its name.
     ///
     /// Tensor data is mapped, not read; every header is checked against it.
@@ -61,19 +64,24 @@ impl Checkpoint {
         if !found.is_dir() {
             return Self::from_file(path, FileBytes::open(path)?, true, options);
         }
-        match safetensors::find_in_folder(path)? {
+        let (kind, (files, tensors)) = match safetensors::find_in_folder(path)? {
             safetensors::Found::Single(file) => {
                 let mut checkpoint = Self::from_file(&file, FileBytes::open(&file)?, true, options)?;
                 checkpoint.path = path.to_owned();
-                Ok(checkpoint)
+                return Ok(checkpoint);
             }
             safetensors::Found::Index(index) => {
-                let (files, tensors) = safetensors::open_sharded(&index)?;
-                let mut checkpoint = Self::new(path, CheckpointKind::Safetensors, files, true);
-                checkpoint.set_tensors(tensors);
-                Ok(checkpoint)
+                let read = |path: &Path, bytes: &[u8]| Ok(safetensors::read(path, bytes)?.tensors);
+                (CheckpointKind::Safetensors, safetensors::open_sharded(&index, read)?)
             }
-        }
+            safetensors::Found::PyTorchIndex(index) => {
+                let read = |path: &Path, bytes: &[u8]| Ok(pickle::read(path, bytes)?.tensors);
+                (CheckpointKind::PyTorch, safetensors::open_sharded(&index, read)?)
+            }
+        };
+        let mut checkpoint = Self::new(path, kind, files, true, options);
+        checkpoint.set_tensors(tensors);
+        Ok(checkpoint)
     }
 
     /// Opens a model that is part of the program; `name` stands for its path in messages.
@@ -96,7 +104,13 @@ impl Checkpoint {
         Self::from_file(Path::new(name), FileBytes::Static(bytes), false, options)
     }
 
-    fn new(path: &Path, kind: CheckpointKind, files: Vec<FileBytes>, on_disk: bool) -> Self {
+    fn new(
+        path: &Path,
+        kind: CheckpointKind,
+        files: Vec<FileBytes>,
+        on_disk: bool,
+        options: OpenOptions,
+    ) -> Self {
         Self {
             path: path.to_owned(),
             kind,
@@ -107,6 +121,7 @@ impl Checkpoint {
             header: Vec::new(),
             llama2c: None,
             evidence: Vec::new(),
+            float_weights: options.weights,
             on_disk,
         }
     }
@@ -119,7 +134,7 @@ impl Checkpoint {
     ) -> Result<Self, ModelError> {
         if bytes.starts_with(gguf::MAGIC) {
             let header = gguf::reader::read(path, &bytes, options)?;
-            let mut checkpoint = Self::new(path, CheckpointKind::Gguf, vec![bytes], on_disk);
+            let mut checkpoint = Self::new(path, CheckpointKind::Gguf, vec![bytes], on_disk, options);
             checkpoint.set_tensors(header.tensors);
             checkpoint.gguf = Some(header.metadata);
             checkpoint.evidence = header.evidence;
@@ -127,25 +142,34 @@ impl Checkpoint {
         }
         if safetensors::looks_like(&bytes) {
             let header = safetensors::read(path, &bytes)?;
-            let mut checkpoint = Self::new(path, CheckpointKind::Safetensors, vec![bytes], on_disk);
+            let mut checkpoint = Self::new(path, CheckpointKind::Safetensors, vec![bytes], on_disk, options);
             checkpoint.set_tensors(header.tensors);
             checkpoint.header = header.metadata;
             return Ok(checkpoint);
         }
         if llama2c::looks_like(&bytes) {
             let (facts, tensors) = llama2c::read(path, &bytes)?;
-            let mut checkpoint = Self::new(path, CheckpointKind::Llama2c, vec![bytes], on_disk);
+            let mut checkpoint = Self::new(path, CheckpointKind::Llama2c, vec![bytes], on_disk, options);
             checkpoint.set_tensors(tensors);
             checkpoint.llama2c = Some(facts);
             return Ok(checkpoint);
         }
+        if pickle::looks_like(&bytes) {
+            let header = pickle::read(path, &bytes)?;
+            let mut checkpoint = Self::new(path, CheckpointKind::PyTorch, vec![bytes], on_disk, options);
+            checkpoint.set_tensors(header.tensors);
+            checkpoint.evidence = header.evidence;
+            return Ok(checkpoint);
+        }
         let what = if bytes.is_empty() {
             "the file is empty".to_owned()
+        } else if let Some(why) = pickle::refusal(&bytes) {
+            why.to_owned()
         } else {
             let start: Vec<String> = bytes.iter().take(8).map(|b| format!("{b:02x}")).collect();
             format!(
                 "not a model file that is read: it starts with the bytes {}, which is neither GGUF, \
-                 safetensors nor a llama2.c checkpoint",
+                 safetensors, a PyTorch nor a llama2.c checkpoint",
                 start.join(" ")
             )
         };
@@ -229,6 +253,11 @@ impl Checkpoint {
     /// or left open, and why. Empty for most files.
     pub fn evidence(&self) -> &[String] {
         &self.evidence
+    }
+
+    /// What the caller says about float matrices.
+    pub fn float_weights(&self) -> FloatWeights {
+        self.float_weights
     }
 
     /// The metadata of a GGUF file.

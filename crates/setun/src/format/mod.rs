@@ -14,13 +14,15 @@ mod llama2c;
 mod mmap;
 mod options;
 mod output;
+mod pickle;
 mod safetensors;
 mod tensor;
 
 pub use checkpoint::{Checkpoint, CheckpointKind};
+pub(crate) use decode::Sample;
 pub use decode::{ScaleConvention, hf_packed_to_ternary, mlx_to_ternary};
 pub use encode::{Scaling, encode_floats, encode_hf_packed, encode_ternary};
 pub use llama2c::{Llama2cFacts, Llama2cKind};
-pub use options::{I2sLayout, OpenOptions, Type42};
+pub use options::{FloatWeights, I2sLayout, OpenOptions, Type42};
 pub use safetensors::SafetensorsWriter;
 pub use tensor::{Encoding, Tensor, TensorInfo, TensorSpec};

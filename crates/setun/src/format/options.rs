@@ -10,6 +10,8 @@ pub struct OpenOptions {
     pub type42: Type42,
     /// GGUF tensors of type 36.
     pub i2s: I2sLayout,
+    /// Float matrices of a folder whose configuration says nothing of ternary weights.
+    pub weights: FloatWeights,
 }
 
 /// Which Q2_0 the number 42 means in a GGUF file.
@@ -22,6 +24,18 @@ pub enum Type42 {
     Group64,
     /// Groups of 128 weights: PrismML's older programs.
     Group128,
+}
+
+/// What the linear layers of a float checkpoint are that says nothing about it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum FloatWeights {
+    /// Ternary where every one of them holds 0 and ± its scales alone, floats where none does; a mixture is refused.
+    #[default]
+    Detect,
+    /// Floats, whatever their values.
+    Float,
+    /// Ternary, or refused.
+    Ternary,
 }
 
 /// In which layout a GGUF file's I2_S tensors are. All have the same sizes, so a file cannot tell.

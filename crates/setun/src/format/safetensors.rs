@@ -20,6 +20,9 @@ use crate::error::ModelError;
 /// Longest header accepted, in bytes; the format's own limit.
 const MAX_HEADER: u64 = 100_000_000;
 const INDEX_NAME: &str = "model.safetensors.index.json";
+/// What PyTorch's own format is called in model folders.
+const PYTORCH_NAME: &str = "pytorch_model.bin";
+const PYTORCH_INDEX_NAME: &str = "pytorch_model.bin.index.json";
 
 /// A checked header.
 #[derive(Debug)]
@@ -36,10 +39,12 @@ pub(crate) enum Found {
     Single(PathBuf),
     /// The index of a sharded checkpoint.
     Index(PathBuf),
+    /// The same of PyTorch files.
+    PyTorchIndex(PathBuf),
 }
 
-/// Chooses the weights of a folder: `model.safetensors`, else the shard index, else the only
-/// `.safetensors` or `.gguf` file.
+/// Chooses the weights of a folder: `model.safetensors`, else the shard index, else `pytorch_model.bin` or its
+/// index, else the only `.safetensors` or `.gguf` file.
 pub(crate) fn find_in_folder(folder: &Path) -> Result<Found, ModelError> {
     let single = folder.join("model.safetensors");
     if single.is_file() {
@@ -49,18 +54,37 @@ pub(crate) fn find_in_folder(folder: &Path) -> Result<Found, ModelError> {
     if index.is_file() {
         return Ok(Found::Index(index));
     }
-    let mut names = Vec::new();
+    let (single, index) = (folder.join(PYTORCH_NAME), folder.join(PYTORCH_INDEX_NAME));
+    if single.is_file() {
+        return Ok(Found::Single(single));
+    }
+    if index.is_file() {
+        return Ok(Found::PyTorchIndex(index));
+    }
+    let (mut names, mut pickles) = (Vec::new(), Vec::new());
     for entry in std::fs::read_dir(folder).map_err(|e| ModelError::read(folder, e))? {
         let path = entry.map_err(|e| ModelError::read(folder, e))?.path();
         if path.extension().is_some_and(|e| e == "safetensors" || e == "gguf") {
             names.push(path);
+        } else if path.extension().is_some_and(|e| e == "pth" || e == "pt" || e == "bin") {
+            // Optimizer states and arguments of training have the same endings, so none is taken unasked.
+            pickles.extend(path.file_name().map(|name| name.to_string_lossy().into_owned()));
         }
     }
     names.sort();
+    pickles.sort();
     match names.len() {
         1 => Ok(Found::Single(names.remove(0))),
         0 => {
-            let what = "the folder holds no model: no model.safetensors, no shard index, no .gguf file";
+            let mut what =
+                "the folder holds no model: no model.safetensors, no pytorch_model.bin, no shard index, no .gguf file"
+                    .to_owned();
+            if let Some(name) = pickles.first() {
+                what += &format!(
+                    " (of {} other files that may be PyTorch's, `{name}` for one, name the model)",
+                    pickles.len()
+                );
+            }
             Err(ModelError::unsupported(folder, what))
         }
         n => {
@@ -137,8 +161,11 @@ pub(crate) fn read(path: &Path, bytes: &[u8]) -> Result<Header, ModelError> {
     Ok(Header { tensors, metadata })
 }
 
-/// Opens every shard of an index and takes from each the tensors the index assigns to it.
-pub(crate) fn open_sharded(index: &Path) -> Result<(Vec<FileBytes>, Vec<TensorInfo>), ModelError> {
+/// Opens every shard of an index and takes from each the tensors the index assigns to it; `read` reads a shard's header.
+pub(crate) fn open_sharded(
+    index: &Path,
+    read: impl Fn(&Path, &[u8]) -> Result<Vec<TensorInfo>, ModelError>,
+) -> Result<(Vec<FileBytes>, Vec<TensorInfo>), ModelError> {
     let text = std::fs::read(index).map_err(|e| ModelError::read(index, e))?;
     let RawIndex { weight_map } = serde_json::from_slice(&text)
         .map_err(|e| ModelError::format(index, format!("not a valid shard index: {e}")))?;
@@ -157,9 +184,9 @@ pub(crate) fn open_sharded(index: &Path) -> Result<(Vec<FileBytes>, Vec<TensorIn
         }
         let path = folder.join(shard);
         let bytes = FileBytes::open(&path)?;
-        let header = read(&path, &bytes)?;
+        let found = read(&path, &bytes)?;
         let mut wanted: HashSet<&str> = wanted.into_iter().collect();
-        for mut info in header.tensors {
+        for mut info in found {
             // What the index does not name is left out, as the format's own loader does.
             if wanted.remove(info.name.as_str()) {
                 info.file = files.len();

@@ -5,6 +5,7 @@ mod bonsai;
 mod gguf;
 mod hostile;
 mod llama2c;
+mod pickle;
 mod safetensors;
 mod shared;
 mod type42;

@@ -1,9 +1,12 @@
-//! Qwen3 models, ternary throughout and rotated, against values that an independent program computed (golden/bonsai).
+//! Qwen3 models, ternary throughout and rotated, against values that an independent program computed
+//! (golden/bonsai); the same weights as floats and as MLX packs them; norms inside linear layers.
 //!
 //! The full set beside the project is checked too where it is there. Tolerances: golden/README.md.
 
+mod inner_norms;
 mod parity;
 mod rotation;
+mod unpacked;
 
 use std::path::{Path, PathBuf};
 

@@ -19,7 +19,8 @@ fn models(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path());
     let mut models: Vec<PathBuf> = entries
         .filter(|p| {
-            p.extension().is_some_and(|e| e == "gguf") || p.file_name().is_some_and(|n| n == "hf-unpacked")
+            p.extension().is_some_and(|e| e == "gguf")
+                || p.file_name().is_some_and(|n| n == "hf-unpacked" || n == "mlx-2bit")
         })
         .collect();
     models.sort();

@@ -54,6 +54,8 @@ pub(super) struct RawConfig {
     pub(super) attention_bias: Option<bool>,
     pub(super) mlp_bias: Option<bool>,
     pub(super) quantization_config: Option<RawQuantization>,
+    /// MLX's own section.
+    pub(super) quantization: Option<serde_json::Map<String, Value>>,
     pub(super) weight_bits: Option<f64>,
     pub(super) input_bits: Option<f64>,
     pub(super) bos_token_id: Option<Value>,

@@ -18,6 +18,7 @@ use half::{bf16, f16};
 use setun_kernels::dense::{DenseData, DenseMatrix};
 use setun_kernels::matrix::{Scales, TernaryMatrix};
 
+pub(crate) use fake_quant::Sample;
 pub use hf_packed::{ScaleConvention, hf_packed_to_ternary};
 pub use mlx::mlx_to_ternary;
 use ternary_blocks::Unit;

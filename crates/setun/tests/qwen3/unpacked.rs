@@ -1,0 +1,238 @@
+//! Ternary weights kept as floats and in MLX's two bits: the same model as the GGUF file, to the bit.
+
+use std::path::Path;
+
+use setun::config::{ActivationType, ModelConfig, Numerics, Storage, Ternary};
+use setun::convert::{ConvertOptions, Target, convert};
+use setun::engine::{Engine, EngineOptions};
+use setun::format::{Checkpoint, Encoding, FloatWeights, OpenOptions, SafetensorsWriter, TensorSpec};
+use setun::inspect::survey;
+use setun::kv_cache::KvType;
+
+use super::*;
+
+/// What a folder's tensors are changed to: `None` leaves them as they are.
+type Change<'a> = &'a dyn Fn(&str, &mut Vec<f32>);
+
+/// The tied model as a folder of floats, from its GGUF file.
+fn float_folder(folder: &Path, encoding: Encoding, change: Change) {
+    let file = Checkpoint::open(golden().join("qwen3-tied/model-tq1_0.gguf")).unwrap();
+    std::fs::copy(golden().join("qwen3-tied/config.json"), folder.join("config.json")).unwrap();
+    let names: Vec<(String, String)> =
+        file.tensors().map(|t| (t.name.clone(), huggingface_name(&t.name))).collect();
+    let spec = |(stored, name): &(String, String)| TensorSpec {
+        name: name.clone(),
+        shape: file.info(stored).unwrap().shape.clone(),
+        encoding: encoding.clone(),
+    };
+    let specs = names.iter().map(spec).collect();
+    let mut writer = SafetensorsWriter::create(&folder.join("model.safetensors"), &[], specs).unwrap();
+    for (stored, name) in &names {
+        let mut values = floats(&file, stored);
+        change(name, &mut values);
+        let bytes: Vec<u8> = match encoding {
+            // Scales are bf16-exact in this model, so cutting is exact.
+            Encoding::BF16 => values.iter().flat_map(|v| v.to_le_bytes()[2..].to_vec()).collect(),
+            _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        };
+        writer.tensor(&bytes).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+fn huggingface_name(gguf: &str) -> String {
+    let parts = [
+        ("token_embd", "model.embed_tokens"),
+        ("output_norm", "model.norm"),
+        ("blk.", "model.layers."),
+        ("attn_q_norm", "self_attn.q_norm"),
+        ("attn_k_norm", "self_attn.k_norm"),
+        ("attn_norm", "input_layernorm"),
+        ("ffn_norm", "post_attention_layernorm"),
+        ("attn_output", "self_attn.o_proj"),
+        ("attn_q", "self_attn.q_proj"),
+        ("attn_k", "self_attn.k_proj"),
+        ("attn_v", "self_attn.v_proj"),
+        ("ffn_", "mlp."),
+    ];
+    let mut name = gguf.to_owned();
+    for (from, to) in parts {
+        name = name.replace(from, to);
+    }
+    for part in ["gate", "up", "down"] {
+        name = name.replace(&format!("mlp.{part}."), &format!("mlp.{part}_proj."));
+    }
+    name
+}
+
+fn logits(file: &Checkpoint) -> Vec<u32> {
+    let options = EngineOptions { threads: Some(2), ..EngineOptions::default() };
+    let engine = Engine::load(file, ModelConfig::of(file).unwrap(), &options).unwrap();
+    let facts = json(&golden().join("qwen3-tied/expected.json"));
+    let mut session = engine.session(KvType::F32, None);
+    let logits = session.feed_all(&ids(&facts["sequences"][0]["tokens"]), None).unwrap();
+    logits.iter().map(|v| v.to_bits()).collect()
+}
+
+fn storage(file: &Checkpoint) -> Option<Storage> {
+    match ModelConfig::of(file).unwrap().numerics {
+        Numerics::Ternary(Ternary { storage, activations: ActivationType::Float, .. }) => Some(storage),
+        Numerics::Float => None,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn unpacked_and_mlx_folders_compute_the_bits_of_their_gguf_twin_and_convert_to_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let twin = Checkpoint::open(golden().join("qwen3-tied/model-tq1_0.gguf")).unwrap();
+    let expected = logits(&twin);
+    for (n, encoding) in [Encoding::BF16, Encoding::F32].into_iter().enumerate() {
+        let unpacked = folder.path().join(n.to_string());
+        std::fs::create_dir(&unpacked).unwrap();
+        float_folder(&unpacked, encoding, &|_, _| {});
+    }
+    let mlx = golden().join("qwen3-tied/mlx-2bit");
+    for (n, path) in [folder.path().join("0"), folder.path().join("1"), mlx].iter().enumerate() {
+        let name = path.display();
+        let file = Checkpoint::open(path).unwrap();
+        let kind = if n == 2 { Storage::Mlx { group: 128 } } else { Storage::FloatCopies };
+        assert_eq!(storage(&file), Some(kind), "{name}");
+        assert_eq!(logits(&file), expected, "{name}");
+        // The embedding is ternary too: 7 matrices in each of two layers, and it.
+        let found = survey(&file, &ModelConfig::of(&file).unwrap()).unwrap();
+        let ternary: usize = found.packing.values().filter(|g| g.zeros.is_some()).map(|g| g.tensors).sum();
+        assert_eq!((ternary, found.unused.len()), (15, 0), "{name}: {found:?}");
+        for (to, linear_type) in [
+            ("q2", None),
+            ("pq2", Some(Encoding::PQ2_0)),
+            ("ptq1", Some(Encoding::PTQ1_0)),
+            ("tq2", Some(Encoding::TQ2_0)),
+        ] {
+            let out = folder.path().join(format!("{n}-{to}.gguf"));
+            let options =
+                ConvertOptions { linear_type, verify: true, without_tokenizer: true, ..Default::default() };
+            let report =
+                convert(&file, &out, &options, &mut |_| {}).unwrap_or_else(|e| panic!("{name} {to}: {e}"));
+            assert_eq!((report.ternary_layers, report.max_error), (15, None));
+            assert_eq!(logits(&Checkpoint::open(&out).unwrap()), expected, "{name} {to}");
+        }
+        let options =
+            ConvertOptions { target: Target::HuggingFace, without_tokenizer: true, ..Default::default() };
+        let error = convert(&file, &folder.path().join("hf"), &options, &mut |_| {}).unwrap_err().to_string();
+        assert!(error.contains("float activations"), "{error}");
+    }
+}
+
+#[test]
+fn plain_floats_stay_floats_and_mixtures_are_refused_until_a_choice_is_made() {
+    let open = |folder: &Path, weights| {
+        Checkpoint::open_with(folder, OpenOptions { weights, ..OpenOptions::default() }).unwrap()
+    };
+    let make = |change: Change| {
+        let folder = tempfile::tempdir().unwrap();
+        float_folder(folder.path(), Encoding::F32, change);
+        folder
+    };
+    // Every weight moved a little, as training does.
+    let floats =
+        make(&|_, values| values.iter_mut().enumerate().for_each(|(i, v)| *v += 1e-3 * (i % 7) as f32));
+    assert_eq!(storage(&open(floats.path(), FloatWeights::Detect)), None);
+    let error = ModelConfig::of(&open(floats.path(), FloatWeights::Ternary)).unwrap_err().to_string();
+    assert!(
+        error.contains("14 of its block matrices are not ternary") && error.contains("column"),
+        "{error}"
+    );
+    // One float matrix among ternary ones.
+    let mixed = make(&|name, values| {
+        if name == "model.layers.1.mlp.up_proj.weight" {
+            values[5] += 0.25;
+        }
+    });
+    let error = ModelConfig::of(&open(mixed.path(), FloatWeights::Detect)).unwrap_err().to_string();
+    for part in
+        ["13 of its block matrices", "1 do not", "`model.layers.1.mlp.up_proj.weight`", "--weights float"]
+    {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    assert_eq!(storage(&open(mixed.path(), FloatWeights::Float)), None);
+    // Floats that a sample of rows does not show are found when the matrix is read.
+    let hidden = make(&|name, values| {
+        if name == "model.layers.1.mlp.up_proj.weight" {
+            values[3 * 256 + 9] = 0.7;
+        }
+    });
+    let file = open(hidden.path(), FloatWeights::Detect);
+    let error = Engine::load(&file, ModelConfig::of(&file).unwrap(), &EngineOptions::default())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("`model.layers.1.mlp.up_proj.weight`") && error.contains("row 3, column 9"),
+        "{error}"
+    );
+    assert!(error.contains("--weights float"), "{error}");
+    // Zeros say nothing: a ternary model may have a matrix of them, a float one too.
+    let zeros = make(&|name, values| {
+        if name.contains("v_proj") {
+            values.fill(0.0);
+        }
+    });
+    assert_eq!(storage(&open(zeros.path(), FloatWeights::Detect)), Some(Storage::FloatCopies));
+    let nothing = make(&|_, values| values.fill(0.0));
+    assert_eq!(storage(&open(nothing.path(), FloatWeights::Detect)), None);
+    // A float embedding beside ternary layers is the usual case.
+    let embedding = make(&|name, values| {
+        if name.contains("embed_tokens") {
+            values.iter_mut().enumerate().for_each(|(i, v)| *v += 1e-3 * (i % 5) as f32);
+        }
+    });
+    let file = open(embedding.path(), FloatWeights::Ternary);
+    let found = survey(&file, &ModelConfig::of(&file).unwrap()).unwrap();
+    assert_eq!(found.packing["F32"].tensors, 1);
+    assert_eq!(found.packing["F32 holding ternary values"].tensors, 14);
+}
+
+#[test]
+fn mlx_settings_and_values_that_are_not_ternary_are_refused_by_name() {
+    let source = golden().join("qwen3-tied/mlx-2bit");
+    let folder = tempfile::tempdir().unwrap();
+    let weights = folder.path().join("model.safetensors");
+    let with = |settings: serde_json::Value, patch: &dyn Fn(&mut Vec<u8>)| {
+        let mut config = json(&source.join("config.json"));
+        config["quantization"] = settings;
+        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        let mut bytes = std::fs::read(source.join("model.safetensors")).unwrap();
+        patch(&mut bytes);
+        std::fs::write(&weights, bytes).unwrap();
+        Engine::open(folder.path(), &EngineOptions::default()).map(|_| ()).map_err(|e| e.to_string())
+    };
+    let two = || serde_json::json!({"group_size": 128, "bits": 2});
+    with(two(), &|_| {}).unwrap();
+    with(serde_json::json!({"group_size": 128, "bits": 2, "mode": "affine", "lm_head": false}), &|_| {})
+        .unwrap();
+    for (settings, part) in [
+        (serde_json::json!({"group_size": 128, "bits": 4}), "`quantization.bits` is 4"),
+        (serde_json::json!({"group_size": 32, "bits": 2, "mode": "mxfp4"}), "`quantization.mode`"),
+        (serde_json::json!({"bits": 2}), "`quantization.group_size` is missing"),
+        (serde_json::json!({"group_size": 64, "bits": 2}), "shape [512, 2]"),
+        (
+            serde_json::json!({"group_size": 128, "bits": 2, "model.embed_tokens": {"bits": 6}}),
+            "model.embed_tokens",
+        ),
+    ] {
+        let error = with(settings, &|_| {}).unwrap_err();
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    let place = |name: &str| {
+        let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
+        let start = 8 + u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+        let header: serde_json::Value = serde_json::from_slice(&bytes[8..start]).unwrap();
+        start + header[name]["data_offsets"][0].as_u64().unwrap() as usize
+    };
+    let (weight, bias) =
+        (place("model.layers.0.mlp.up_proj.weight"), place("model.layers.0.mlp.up_proj.biases"));
+    let error = with(two(), &|bytes| bytes[weight] |= 0b11).unwrap_err();
+    assert!(error.contains("`model.layers.0.mlp.up_proj.weight`") && error.contains('1'), "{error}");
+    let error = with(two(), &|bytes| bytes[bias] ^= 1).unwrap_err();
+    assert!(error.contains("`model.layers.0.mlp.up_proj.biases`") && error.contains("negated"), "{error}");
+}
