@@ -244,13 +244,7 @@ impl<'a> Ops for Tape<'a> {
         self.gate_rows(gate, up, activation)
     }
 
-    fn mixture(
-        &mut self,
-        _: Var,
-        _: Var,
-        _: Routing,
-        _: impl FnMut(&mut Self, usize, Var) -> Var,
-    ) -> Var {
+    fn mixture(&mut self, _: Var, _: Var, _: Routing, _: impl FnMut(&mut Self, usize, Var) -> Var) -> Var {
         unreachable!("`params::load` refuses models with experts")
     }
 

@@ -203,7 +203,11 @@ impl Work {
             let (mlp, width) = match c.experts_in(n) {
                 None => (format!("model.layers.{n}.mlp"), c.intermediate_size),
                 Some(experts) => {
-                    product(&format!("model.layers.{n}.mlp.gate"), tokens, (c.hidden_size * experts.count) as f64);
+                    product(
+                        &format!("model.layers.{n}.mlp.gate"),
+                        tokens,
+                        (c.hidden_size * experts.count) as f64,
+                    );
                     (format!("model.layers.{n}.mlp.experts.0"), experts.used * experts.intermediate_size)
                 }
             };

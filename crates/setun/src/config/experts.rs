@@ -34,7 +34,8 @@ const MOST_COMPARISONS: usize = 1 << 24;
 impl Experts {
     /// From a `config.json`; `num_local_experts` is how `transformers` 5 writes `num_experts`.
     pub(super) fn from_json(json: &Json, layers: usize) -> Result<Self, ModelError> {
-        let need = |key: &str| size(json, key)?.ok_or_else(|| ModelError::ConfigMissing { field: key.into() });
+        let need =
+            |key: &str| size(json, key)?.ok_or_else(|| ModelError::ConfigMissing { field: key.into() });
         let count = match (size(json, "num_experts")?, size(json, "num_local_experts")?) {
             (Some(one), Some(other)) if one != other => {
                 return Err(value_error("num_local_experts", other, format!("num_experts = {one}")));
@@ -85,7 +86,11 @@ impl Experts {
         }
         let scale = meta.f32(&name("expert_weights_scale"))?;
         if let Some(found) = scale.filter(|scale| ![0.0, 1.0].contains(scale)) {
-            return Err(value_error(&name("expert_weights_scale"), found, "absent or 1, since nothing applies it"));
+            return Err(value_error(
+                &name("expert_weights_scale"),
+                found,
+                "absent or 1, since nothing applies it",
+            ));
         }
         Ok(Self {
             count: size("expert_count")?,
@@ -113,7 +118,8 @@ impl Experts {
     /// The keys that [`Experts::from_gguf`] reads back, without the architecture's prefix.
     pub(super) fn to_gguf(&self) -> Result<[(&'static str, Value); 3], ModelError> {
         if !self.normalised {
-            let expected = "true, since readers of GGUF `qwen3moe` renormalise whatever the file says: use --to hf";
+            let expected =
+                "true, since readers of GGUF `qwen3moe` renormalise whatever the file says: use --to hf";
             return Err(value_error("norm_topk_prob", false, expected));
         }
         if !self.dense_layers.is_empty() {
@@ -154,7 +160,11 @@ impl Experts {
             ("sub_norms", c.sub_norms),
         ] {
             if given {
-                return Err(value_error(field, true, "absent or false, since experts have neither biases nor norms"));
+                return Err(value_error(
+                    field,
+                    true,
+                    "absent or false, since experts have neither biases nor norms",
+                ));
             }
         }
         let names = match &c.numerics {
@@ -295,7 +305,8 @@ mod tests {
 
     #[test]
     fn the_router_is_never_ternary_and_experts_are_like_other_layers() {
-        let quantized = json!({"quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear"}});
+        let quantized =
+            json!({"quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear"}});
         let config = read(quantized).unwrap();
         assert!(!config.is_ternary("model.layers.0.mlp.gate"));
         assert!(config.is_ternary("model.layers.0.mlp.experts.7.gate_proj") && config.has_ternary_layers());

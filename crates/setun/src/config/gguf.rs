@@ -7,7 +7,8 @@ use setun_kernels::matrix::Scales;
 
 use super::rope::{Rope, RopeScaling, yarn_attention};
 use super::{
-    Activation, ActivationType, Experts, Family, ModelConfig, Numerics, Rotation, Storage, Ternary, known, value_error,
+    Activation, ActivationType, Experts, Family, ModelConfig, Numerics, Rotation, Storage, Ternary, known,
+    value_error,
 };
 use crate::error::ModelError;
 use crate::format::gguf::{Array, Metadata, Value, required};
@@ -308,7 +309,8 @@ fn no_experts(keys: &Keys) -> Result<Option<Experts>, ModelError> {
     match keys.size("expert_count")?.filter(|&n| n > 0) {
         None => Ok(None),
         Some(experts) => {
-            let expected = format!("absent or 0: mixtures of experts are run in `qwen3moe`, not in `{}`", keys.arch);
+            let expected =
+                format!("absent or 0: mixtures of experts are run in `qwen3moe`, not in `{}`", keys.arch);
             Err(value_error(&keys.name("expert_count"), experts, expected))
         }
     }
@@ -324,7 +326,7 @@ const BITNET: [&str; 3] = ["I2_S", "IQ1_BN", "IQ2_BN"];
 ///
 /// No key says what ternary layers are multiplied with, so it follows from who makes such files: BitNet architectures and
 /// types are W1.58A8, the other grouped types and rotated weights W1.58A16. TQ1_0 and TQ2_0 hold either, and follow the family:
-/// Qwen3's ternary models are weight-only, Llama's are BitNets unless a matrix has several scales (TriLM), which no BitNet has.
+/// Qwen3's ternary models, with experts or without, are weight-only, Llama's are BitNets unless a matrix has several scales (TriLM), which no BitNet has.
 fn numerics(file: &Checkpoint, family: Family, rotated: bool) -> Numerics {
     let bitnet = matches!(family, Family::BitNet | Family::BitNetSilu);
     let in_blocks = file.tensors().filter(|t| t.name.starts_with("blk.") && t.encoding.is_ternary());

@@ -96,6 +96,8 @@ mod tests {
         ] {
             assert_eq!(parse(other), None, "{other}");
         }
-        assert!(is_router("model.layers.0.mlp.gate.weight") && !is_router("model.layers.0.mlp.gate_proj.weight"));
+        assert!(
+            is_router("model.layers.0.mlp.gate.weight") && !is_router("model.layers.0.mlp.gate_proj.weight")
+        );
     }
 }
