@@ -208,7 +208,8 @@ mod tests {
             "moe_intermediate_size": 16,
         });
         let config = ModelConfig::from_json(&json).unwrap();
-        let error = load(config, |name, ..| unreachable!("{name} is asked for")).unwrap_err().to_string();
+        let error =
+            load(config, |name, _, _, _| unreachable!("{name} is asked for")).unwrap_err().to_string();
         assert!(error.contains("`num_experts`") && error.contains("cannot train"), "{error}");
     }
 
