@@ -205,6 +205,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_mixture_of_experts_is_refused_before_anything_is_made() {
+        let json = serde_json::json!({
+            "model_type": "qwen3_moe", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "rms_norm_eps": 1e-6, "num_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        });
+        let config = ModelConfig::from_json(&json).unwrap();
+        let error =
+            load(config, |name, _, _, _| unreachable!("{name} is asked for")).unwrap_err().to_string();
+        assert!(error.contains("`num_experts`") && error.contains("cannot train"), "{error}");
+    }
+
+    #[test]
     fn initial_values_have_the_deviation_asked_for_and_differ_by_name_and_seed() {
         let a = normal(1, "a", 100_001, 0.02);
         let mean = a.iter().map(|&x| f64::from(x)).sum::<f64>() / a.len() as f64;

@@ -54,7 +54,7 @@ impl Experts {
             Some(other) => return Err(value_error("norm_topk_prob", other, "true or false")),
         };
         let dense = dense_layers(json, layers)?;
-        let is_dense = |n: &usize| dense.contains(n) || (n + 1) % step != 0;
+        let is_dense = |n: &usize| dense.contains(n) || !(n + 1).is_multiple_of(step);
         Ok(Self {
             count,
             used: need("num_experts_per_tok")?,

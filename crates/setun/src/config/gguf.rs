@@ -452,7 +452,7 @@ const BITNET: [&str; 3] = ["I2_S", "IQ1_BN", "IQ2_BN"];
 ///
 /// No key says what ternary layers are multiplied with, so it follows from who makes such files: BitNet architectures and
 /// types are W1.58A8, the other grouped types and rotated weights W1.58A16. TQ1_0 and TQ2_0 hold either, and follow the family:
-/// Qwen3's ternary models are weight-only, Llama's are BitNets unless a matrix has several scales (TriLM), which no BitNet has.
+/// Qwen3's ternary models, with experts or without, are weight-only, Llama's are BitNets unless a matrix has several scales (TriLM), which no BitNet has.
 fn numerics(file: &Checkpoint, family: Family, rotated: bool) -> Numerics {
     let bitnet = matches!(family, Family::BitNet | Family::BitNetSilu);
     let in_blocks = file.tensors().filter(|t| t.name.starts_with("blk.") && t.encoding.is_ternary());

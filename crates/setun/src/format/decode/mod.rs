@@ -349,6 +349,7 @@ impl ScaleCollector {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::TensorSpec;
 
     #[test]
     fn negating_swaps_the_signs_and_keeps_zeros_and_fourth_codes() {
@@ -364,5 +365,53 @@ mod tests {
         let mut out = [0u8; 2];
         gather_row(&[0b10_0000, 0b01_0000, 0, 0b11_0000, 0b10_0000], 4, &mut out);
         assert_eq!(out, [0b11_00_01_10, 0b10]);
+    }
+
+    #[test]
+    fn rows_of_a_stack_are_the_rows_of_the_whole_in_every_type() {
+        let mut state = 3u32;
+        let mut byte = || {
+            state = state.wrapping_mul(1664525).wrapping_add(1013904223);
+            (state >> 24) as u8
+        };
+        let blocks = [
+            Encoding::F32,
+            Encoding::BF16,
+            Encoding::I8,
+            Encoding::Q4_0,
+            Encoding::Q8_0,
+            Encoding::Q4K,
+            Encoding::Q6K,
+            Encoding::Q1_0,
+            Encoding::Q2_0G64,
+            Encoding::Q2_0G128,
+            Encoding::PQ2_0,
+            Encoding::PTQ1_0,
+            Encoding::TQ1_0,
+            Encoding::TQ2_0,
+            Encoding::IQ1BN,
+            Encoding::IQ2BN,
+        ];
+        for encoding in blocks {
+            let (shape, cols) = (vec![3, 4, 512], 512);
+            let bytes: Vec<u8> = (0..encoding.byte_len(&shape).unwrap()).map(|_| byte()).collect();
+            let spec = TensorSpec { name: "t".into(), shape, encoding: encoding.clone() };
+            let stack = Tensor::new(spec, bytes);
+            let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+            let whole = bits(stack.to_f32().unwrap());
+            for (from, to) in [(0, 4), (4, 8), (8, 12), (5, 6), (3, 3)] {
+                let part = stack.rows(from..to).unwrap();
+                assert_eq!(part.shape(), [to - from, cols]);
+                assert_eq!(part.info.range.len(), part.data.len());
+                assert_eq!(bits(part.to_f32().unwrap()), whole[from * cols..to * cols], "{encoding}");
+            }
+            #[allow(clippy::reversed_empty_ranges)]
+            for outside in [11..13, 12..usize::MAX, 2..1, usize::MAX..usize::MAX] {
+                assert!(stack.rows(outside).unwrap_err().to_string().contains("outside"), "{encoding}");
+            }
+        }
+        let spec = TensorSpec { name: "t".into(), shape: vec![2, 2, 128], encoding: Encoding::I2S };
+        let error = Tensor::new(spec, vec![0x55; 128 + 32]).rows(0..2).unwrap_err().to_string();
+        assert!(error.contains("one scale"), "{error}");
     }
 }
