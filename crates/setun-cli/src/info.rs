@@ -369,10 +369,7 @@ fn features(c: &ModelConfig) -> String {
     for (on, what) in [
         (c.sub_norms, "sub-norms"),
         (c.qk_norm, "norms on query and key heads"),
-        (
-            c.inner_norm_eps.is_some() && c.inner_norms == InnerNorms::All,
-            "norms inside linear layers",
-        ),
+        (c.inner_norm_eps.is_some() && c.inner_norms == InnerNorms::All, "norms inside linear layers"),
         (
             c.inner_norm_eps.is_some() && c.inner_norms == InnerNorms::OutputAndDown,
             "norms inside o and down layers",

@@ -478,7 +478,8 @@ fn an_embedding_model_gives_hidden_states_and_no_text() {
     std::fs::write(&ids, "[[1, 2, 3]]").unwrap();
     let ids = ids.to_str().unwrap();
     let tokenizer = golden(SMALL).join("tokenizer.json").display().to_string();
-    for args in [&["run", path, "-p", "x", "--tokenizer", &tokenizer][..], &["logits", path, "--tokens", ids]] {
+    for args in [&["run", path, "-p", "x", "--tokenizer", &tokenizer][..], &["logits", path, "--tokens", ids]]
+    {
         let error = failure(args, 1);
         assert!(error.contains("embedding model") && error.contains("--hidden"), "{error}");
     }
@@ -491,12 +492,17 @@ fn weights_says_what_float_matrices_are() {
     let path = golden("rope-llama-default").display().to_string();
     assert_eq!(json(&["info", &path, "--json"])["model"]["numerics"], "float");
     assert_eq!(json(&["info", &path, "--json", "--weights", "float"])["model"]["numerics"], "float");
-    let error = json(&["info", &path, "--json", "--weights", "ternary"])["odd"][0].as_str().unwrap().to_owned();
+    let error =
+        json(&["info", &path, "--json", "--weights", "ternary"])["odd"][0].as_str().unwrap().to_owned();
     assert!(error.contains("not ternary") && error.contains("layers.0"), "{error}");
     assert!(failure(&["info", &path, "--weights", "binary"], 2).contains("float or ternary"));
-    let pickles = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/pytorch/llama").display().to_string();
+    let pickles =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/pytorch/llama").display().to_string();
     assert_eq!(json(&["info", &pickles, "--json"])["container"], "PyTorch");
-    let mlx = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/bonsai/qwen3-tied/mlx-2bit").display().to_string();
+    let mlx = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../golden/bonsai/qwen3-tied/mlx-2bit")
+        .display()
+        .to_string();
     let facts = json(&["info", &mlx, "--json"]);
     assert_eq!(facts["packing"]["MLX 2-bit"]["tensors"], 15);
     assert!(facts["model"]["numerics"].as_str().unwrap().starts_with("W1.58A16"), "{facts}");

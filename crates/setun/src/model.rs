@@ -178,12 +178,7 @@ fn linear<M, V>(
     Ok(Linear {
         matrix: source.matrix(&format!("{name}.weight"), rows, cols, role)?,
         bias: optional(bias, source, &format!("{name}.bias"), rows)?,
-        norm: optional(
-            ternary && c.has_inner_norm(name),
-            source,
-            &format!("{name}.rms_norm.weight"),
-            cols,
-        )?,
+        norm: optional(ternary && c.has_inner_norm(name), source, &format!("{name}.rms_norm.weight"), cols)?,
         rotation: c.rotation.as_ref().map_or(Ok(None), |r| r.of_linear(name, cols))?,
     })
 }

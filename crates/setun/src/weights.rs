@@ -52,14 +52,19 @@ impl<'a> Weights<'a> {
         let stored = self.stored_name(name);
         let tensor = self.file.tensor(&stored)?;
         let weight = match (role, &self.config.numerics) {
-            (_, Numerics::Ternary(Ternary { storage: Storage::FloatCopies, .. })) if self.is_ternary(name, role) => {
+            (_, Numerics::Ternary(Ternary { storage: Storage::FloatCopies, .. }))
+                if self.is_ternary(name, role) =>
+            {
                 expect_shape(&tensor, &[rows, cols])?;
                 Weight::Ternary(tensor.recognise_ternary().map_err(|error| {
-                    let hint = "its other rows suggest ternary weights: --weights float runs all matrices as floats";
+                    let hint =
+                        "its other rows suggest ternary weights: --weights float runs all matrices as floats";
                     explained(error, hint)
                 })?)
             }
-            (_, Numerics::Ternary(Ternary { storage: Storage::Mlx { group }, .. })) if is_mlx(&tensor.info) => {
+            (_, Numerics::Ternary(Ternary { storage: Storage::Mlx { group }, .. }))
+                if is_mlx(&tensor.info) =>
+            {
                 self.mlx(&tensor, rows, cols, *group)?
             }
             (Role::Ternary, Numerics::Ternary(ternary)) => {

@@ -372,10 +372,15 @@ fn rope(keys: &Keys, file: &Checkpoint, head_dim: usize, max_positions: usize) -
         (Some("linear") | None, Some(factor)) => RopeScaling::Linear { factor: f64::from(factor) },
         (Some("yarn"), Some(factor)) => {
             // What llama.cpp can also be told, and what it means there by default.
-            for (key, neutral) in [("yarn_ext_factor", &[-1.0, 1.0][..]), ("yarn_attn_factor", &[1.0]), ("yarn_log_multiplier", &[0.0])] {
+            for (key, neutral) in [
+                ("yarn_ext_factor", &[-1.0, 1.0][..]),
+                ("yarn_attn_factor", &[1.0]),
+                ("yarn_log_multiplier", &[0.0]),
+            ] {
                 let key = format!("rope.scaling.{key}");
                 if let Some(found) = keys.float(&key)?.filter(|found| !neutral.contains(found)) {
-                    let expected = format!("absent or {}, since nothing here applies it", neutral[neutral.len() - 1]);
+                    let expected =
+                        format!("absent or {}, since nothing here applies it", neutral[neutral.len() - 1]);
                     return Err(value_error(&keys.name(&key), found, expected));
                 }
             }
@@ -499,7 +504,9 @@ mod tests {
 
     #[test]
     fn yarn_settings_that_nothing_here_applies_are_refused_unless_neutral() {
-        for (key, neutral) in [("yarn_ext_factor", -1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)] {
+        for (key, neutral) in
+            [("yarn_ext_factor", -1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)]
+        {
             let with = |value| {
                 let key = format!("rope.scaling.{key}");
                 read(&[
@@ -520,7 +527,9 @@ mod tests {
         let config = read(&[("pooling_type", Value::U32(3))]).unwrap();
         assert_eq!(config.pooling, Some(Pooling::Last));
         assert!(config.to_gguf().unwrap().contains(&("llama.pooling_type".into(), Value::U32(3))));
-        assert!(read(&[("pooling_type", Value::U32(9))]).unwrap_err().to_string().contains("llama.pooling_type"));
+        assert!(
+            read(&[("pooling_type", Value::U32(9))]).unwrap_err().to_string().contains("llama.pooling_type")
+        );
         let unstated = ModelConfig { pooling: Some(Pooling::Unstated), ..config };
         assert!(unstated.to_gguf().unwrap_err().to_string().contains("1_Pooling"));
     }

@@ -118,7 +118,11 @@ const BY_PART: &[(&str, &str, &str)] = &[
     ("mdlm", "a masked diffusion model (echo-mdlm)", "attention to later tokens and generation by unmasking"),
     ("bitvla", "BitVLA", "image encoders and its action head"),
     ("bitmar", "BitMar", "image encoders and its episodic memory"),
-    ("qtea", "QTEA", "its sparse float columns beside the ternary weights, which only its own program defines,"),
+    (
+        "qtea",
+        "QTEA",
+        "its sparse float columns beside the ternary weights, which only its own program defines,",
+    ),
     ("sherry", "Sherry (AngelSlim)", "its 3-of-4 sparse packing (STQ)"),
     ("tequila", "Tequila (AngelSlim)", "its reactivated zero weights"),
 ];
@@ -142,7 +146,9 @@ fn clause<'a>(names: impl Iterator<Item = &'a str>, is: impl Fn(&Known) -> bool)
     let listed = KNOWN.iter().find(|known| is(known)).map(|known| (known.name, known.missing));
     let by_part = || BY_PART.iter().find(|(part, ..)| names.iter().any(|name| name.contains(part)));
     match listed.or_else(|| by_part().map(|&(_, name, missing)| (name, missing))) {
-        Some((name, missing)) => format!("; {name} is recognised, but not supported: {missing} are missing here"),
+        Some((name, missing)) => {
+            format!("; {name} is recognised, but not supported: {missing} are missing here")
+        }
         None => String::new(),
     }
 }
@@ -169,7 +175,11 @@ mod tests {
                 assert!(in_gguf(architecture).contains(known.missing), "{architecture}");
             }
         }
-        for (class, named) in [("MapleForCausalLM", "Maple"), ("EchoMDLM", "diffusion"), ("BitVLAForActionPrediction", "BitVLA")] {
+        for (class, named) in [
+            ("MapleForCausalLM", "Maple"),
+            ("EchoMDLM", "diffusion"),
+            ("BitVLAForActionPrediction", "BitVLA"),
+        ] {
             let json = serde_json::json!({"architectures": [class]});
             let error = ModelConfig::from_json(&json).unwrap_err().to_string();
             assert!(error.contains(named) && error.contains("missing here"), "{error}");

@@ -65,7 +65,9 @@ fn recognised(file: &Checkpoint, config: &ModelConfig) -> Result<Numerics, Model
         }
         (_, Some((name, why))) if insisted => {
             let n = seen.floats.len();
-            let what = format!("{n} of its block matrices are not ternary, as was asked for (the first is `{name}`: {why})");
+            let what = format!(
+                "{n} of its block matrices are not ternary, as was asked for (the first is `{name}`: {why})"
+            );
             Err(ModelError::unsupported(file.path(), what))
         }
         (Some(ternary), Some((name, why))) => {

@@ -8,8 +8,8 @@ use super::gguf::{self, Metadata};
 use super::llama2c::{self, Llama2cFacts};
 use super::mmap::FileBytes;
 use super::options::{FloatWeights, OpenOptions};
-use super::{pickle, safetensors};
 use super::tensor::{Tensor, TensorInfo};
+use super::{pickle, safetensors};
 use crate::error::ModelError;
 
 /// The container a checkpoint came in.
@@ -142,8 +142,7 @@ impl Checkpoint {
         }
         if safetensors::looks_like(&bytes) {
             let header = safetensors::read(path, &bytes)?;
-            let mut checkpoint =
-                Self::new(path, CheckpointKind::Safetensors, vec![bytes], on_disk, options);
+            let mut checkpoint = Self::new(path, CheckpointKind::Safetensors, vec![bytes], on_disk, options);
             checkpoint.set_tensors(header.tensors);
             checkpoint.header = header.metadata;
             return Ok(checkpoint);

@@ -20,8 +20,7 @@ const WRAPPERS: [&str; 5] = ["state_dict", "model_state_dict", "model", "module"
 /// What CAT-Q's repositories hold beside their GGUF files.
 const CATQ_NAME: &str = "parameters.pth";
 /// How `torch.save` of PyTorch before 1.6 starts: a pickle of its magic number.
-const LEGACY: [u8; 14] =
-    [0x80, 0x02, 0x8a, 0x0a, 0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
+const LEGACY: [u8; 14] = [0x80, 0x02, 0x8a, 0x0a, 0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
 
 /// What a checkpoint holds.
 #[derive(Debug)]
@@ -93,7 +92,10 @@ fn header(path: &Path, bytes: &[u8]) -> Result<Header, ModelError> {
     let mut names = HashSet::with_capacity(entries.len());
     let tensors = entries.into_iter().map(|(name, tensor)| {
         if !names.insert(name) {
-            return Err(ModelError::format(path, format!("not a valid PyTorch checkpoint: `{name}` occurs twice")));
+            return Err(ModelError::format(
+                path,
+                format!("not a valid PyTorch checkpoint: `{name}` occurs twice"),
+            ));
         }
         tensor_info(path, &archive, &machine, name, tensor)
     });
@@ -126,7 +128,10 @@ impl<'a> Archive<'a> {
             let name = record.file_path().as_bytes().to_vec();
             if entries.contains_key(&name) {
                 let name = String::from_utf8_lossy(&name);
-                return Err(ModelError::format(path, format!("not a valid checkpoint: `{name}` is twice in the archive")));
+                return Err(ModelError::format(
+                    path,
+                    format!("not a valid checkpoint: `{name}` is twice in the archive"),
+                ));
             }
             entries.insert(name, Entry { data, stored });
         }
@@ -152,7 +157,9 @@ impl<'a> Archive<'a> {
         let full = format!("{}{name}", self.prefix);
         match self.entries.get(full.as_bytes()) {
             Some(Entry { stored: false, .. }) => {
-                let what = format!("entry `{full}` is compressed or encrypted, but torch.save stores entries as they are");
+                let what = format!(
+                    "entry `{full}` is compressed or encrypted, but torch.save stores entries as they are"
+                );
                 Err(ModelError::unsupported(self.path, what))
             }
             entry => Ok(entry.map(|entry| entry.data.clone())),
@@ -197,22 +204,30 @@ fn state_dict<'a>(
         match found.len() {
             1 => {
                 let (key, inner) = found.remove(0);
-                evidence.push(format!("the tensors are those below the key `{key}` of the pickled dictionary"));
+                evidence
+                    .push(format!("the tensors are those below the key `{key}` of the pickled dictionary"));
                 (tensors, others) = inner;
             }
             0 => {
-                let what = format!("it holds no tensors by name (its keys are {}): save the model's state_dict alone", few(&others));
+                let what = format!(
+                    "it holds no tensors by name (its keys are {}): save the model's state_dict alone",
+                    few(&others)
+                );
                 return Err(ModelError::unsupported(path, what));
             }
             _ => {
-                let what = format!("several of its dictionaries hold tensors ({}): save the model's state_dict alone", few(&keys));
+                let what = format!(
+                    "several of its dictionaries hold tensors ({}): save the model's state_dict alone",
+                    few(&keys)
+                );
                 return Err(ModelError::unsupported(path, what));
             }
         }
     }
     if !others.is_empty() {
         let n = others.len();
-        evidence.push(format!("{n} entries of the state_dict are no tensors and are left out: {}", few(&others)));
+        evidence
+            .push(format!("{n} entries of the state_dict are no tensors and are left out: {}", few(&others)));
     }
     Ok(tensors)
 }
@@ -233,19 +248,26 @@ fn tensor_info(
     tensor: u32,
 ) -> Result<TensorInfo, ModelError> {
     let broken = |what: String| {
-        ModelError::format(path, format!("not a valid PyTorch checkpoint: tensor `{}` {what}", shortened(name)))
+        ModelError::format(
+            path,
+            format!("not a valid PyTorch checkpoint: tensor `{}` {what}", shortened(name)),
+        )
     };
     let tensor = machine.tensor(tensor);
     let storage = machine.storage(tensor.storage);
     let key = storage.key;
     let entry = archive.entry(&format!("data/{key}"))?;
-    let entry = entry.ok_or_else(|| broken(format!("is in storage `{}`, which is not in the file", shortened(key))))?;
+    let entry = entry
+        .ok_or_else(|| broken(format!("is in storage `{}`, which is not in the file", shortened(key))))?;
     let Dtype { name: dtype, bytes } = storage.dtype;
-    let count = element_count(&tensor.shape).ok_or_else(|| broken(format!("has absurd shape {:?}", tensor.shape)))?;
+    let count =
+        element_count(&tensor.shape).ok_or_else(|| broken(format!("has absurd shape {:?}", tensor.shape)))?;
     let held = entry.len() / bytes;
     if storage.elements != held as u64 || !entry.len().is_multiple_of(bytes) {
         let (claimed, found) = (storage.elements, entry.len());
-        return Err(broken(format!("is in a storage of {claimed} {dtype}, but {found} bytes are there: the file is damaged")));
+        return Err(broken(format!(
+            "is in a storage of {claimed} {dtype}, but {found} bytes are there: the file is damaged"
+        )));
     }
     let encoding = match dtype {
         "F32" => Encoding::F32,
@@ -267,7 +289,10 @@ fn tensor_info(
         let why = "is a view with gaps or in another order, which is not read: save the model again with `.contiguous()` on it";
         return Ok(info(Encoding::Undecided { name: "strided", why }, entry));
     }
-    let end = usize::try_from(tensor.offset).ok().and_then(|offset| offset.checked_add(count)).filter(|&end| end <= held);
+    let end = usize::try_from(tensor.offset)
+        .ok()
+        .and_then(|offset| offset.checked_add(count))
+        .filter(|&end| end <= held);
     let Some(end) = end else {
         return Err(broken(format!(
             "has elements {} to {} of a storage of {held}",

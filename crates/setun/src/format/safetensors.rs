@@ -80,7 +80,10 @@ pub(crate) fn find_in_folder(folder: &Path) -> Result<Found, ModelError> {
                 "the folder holds no model: no model.safetensors, no pytorch_model.bin, no shard index, no .gguf file"
                     .to_owned();
             if let Some(name) = pickles.first() {
-                what += &format!(" (of {} other files that may be PyTorch's, `{name}` for one, name the model)", pickles.len());
+                what += &format!(
+                    " (of {} other files that may be PyTorch's, `{name}` for one, name the model)",
+                    pickles.len()
+                );
             }
             Err(ModelError::unsupported(folder, what))
         }

@@ -22,7 +22,11 @@ fn every_kind_of_tensor_has_the_bytes_that_safetensors_has() {
         for wanted in expected.tensors() {
             let found = file.tensor(&wanted.name).unwrap_or_else(|e| panic!("{name}: {e}"));
             let wanted = expected.tensor(&wanted.name).unwrap();
-            assert_eq!((found.shape(), &found.info.encoding), (wanted.shape(), &wanted.info.encoding), "{name}");
+            assert_eq!(
+                (found.shape(), &found.info.encoding),
+                (wanted.shape(), &wanted.info.encoding),
+                "{name}"
+            );
             assert_eq!(found.data, wanted.data, "{name}: {}", wanted.name());
         }
     }
@@ -31,7 +35,11 @@ fn every_kind_of_tensor_has_the_bytes_that_safetensors_has() {
 #[test]
 fn what_is_no_tensor_or_lies_deeper_is_told() {
     let file = open("tensors.pt").unwrap();
-    assert!(file.evidence()[0].contains("1 entries") && file.evidence()[0].contains("`step`"), "{:?}", file.evidence());
+    assert!(
+        file.evidence()[0].contains("1 entries") && file.evidence()[0].contains("`step`"),
+        "{:?}",
+        file.evidence()
+    );
     let file = open("wrapped.pth").unwrap();
     assert!(file.evidence()[0].contains("`state_dict`"), "{:?}", file.evidence());
 }
@@ -40,7 +48,9 @@ fn what_is_no_tensor_or_lies_deeper_is_told() {
 fn views_and_other_numbers_are_listed_and_refused_when_used() {
     let file = open("tensors.pt").unwrap();
     let refusal = |name: &str| file.tensor(name).unwrap().to_f32().unwrap_err().to_string();
-    assert!(refusal("transposed").contains("`transposed`") && refusal("transposed").contains(".contiguous()"));
+    assert!(
+        refusal("transposed").contains("`transposed`") && refusal("transposed").contains(".contiguous()")
+    );
     assert!(refusal("f64").contains("F64") && refusal("i64").contains("I64"));
     assert_eq!(file.info("i64").unwrap().encoding, Encoding::Other("I64".into()));
 }
@@ -84,7 +94,12 @@ fn shards_give_the_tensors_that_their_index_names() {
     let twin = Checkpoint::open(golden().join("../models/rope-llama-default")).unwrap();
     assert_eq!(file.tensors().len(), twin.tensors().len());
     for info in twin.tensors() {
-        assert_eq!(file.tensor(&info.name).unwrap().data, twin.tensor(&info.name).unwrap().data, "{}", info.name);
+        assert_eq!(
+            file.tensor(&info.name).unwrap().data,
+            twin.tensor(&info.name).unwrap().data,
+            "{}",
+            info.name
+        );
     }
 }
 
@@ -108,7 +123,15 @@ fn archive(entries: &[(&str, &[u8])]) -> Vec<u8> {
 fn one_tensor(elements: i32, offset: i32, size: i32, stride: i32) -> Vec<u8> {
     let int = |n: i32| [&b"J"[..], &n.to_le_bytes()].concat();
     let text = |t: &str| [&b"X"[..], &(t.len() as u32).to_le_bytes(), t.as_bytes()].concat();
-    let storage = [&b"("[..], &text("storage"), b"ctorch\nFloatStorage\n", &text("0"), &text("cpu"), &int(elements), b"tQ"];
+    let storage = [
+        &b"("[..],
+        &text("storage"),
+        b"ctorch\nFloatStorage\n",
+        &text("0"),
+        &text("cpu"),
+        &int(elements),
+        b"tQ",
+    ];
     [
         &b"\x80\x02}"[..],
         &text("w"),

@@ -64,13 +64,17 @@ fn a_bitdistill_student_is_a_bitnet_with_a_norm_in_every_linear_layer() {
 fn norms_inside_o_and_down_alone_are_the_sub_norms_of_a_bitnet() {
     let inside = |name: &str| name.contains(".rms_norm.");
     let kept = |name: &str| name.contains("o_proj") || name.contains("down_proj");
-    let student = folder(&|name| (!inside(name) || kept(name)).then(|| name.replace(".rms_norm.", ".norm.")), &|config| {
-        config["quantization_config"]["rms_norm_eps"] = config["rms_norm_eps"].clone();
-    });
+    let student = folder(
+        &|name| (!inside(name) || kept(name)).then(|| name.replace(".rms_norm.", ".norm.")),
+        &|config| {
+            config["quantization_config"]["rms_norm_eps"] = config["rms_norm_eps"].clone();
+        },
+    );
     let twin = folder(
         &|name| {
             (!inside(name) || kept(name)).then(|| {
-                name.replace("o_proj.rms_norm", "inner_attn_ln").replace("down_proj.rms_norm", "ffn_layernorm")
+                name.replace("o_proj.rms_norm", "inner_attn_ln")
+                    .replace("down_proj.rms_norm", "ffn_layernorm")
             })
         },
         &|config| {
@@ -101,10 +105,13 @@ fn an_embedding_model_is_read_without_a_head_from_a_folder_and_from_bitnet_cpps_
         config["architectures"] = serde_json::json!(["LlamaModel"]);
     });
     std::fs::create_dir(student.path().join("1_Pooling")).unwrap();
-    std::fs::write(student.path().join("1_Pooling/config.json"), r#"{"pooling_mode_lasttoken": true}"#).unwrap();
+    std::fs::write(student.path().join("1_Pooling/config.json"), r#"{"pooling_mode_lasttoken": true}"#)
+        .unwrap();
     let (config, found) = hidden(student.path());
     assert_eq!((config.pooling, config.inner_norm_eps), (Some(Pooling::Last), Some(config.rms_norm_eps)));
-    let twin = folder(&same, &|config| config["quantization_config"]["rms_norm_eps"] = config["rms_norm_eps"].clone());
+    let twin = folder(&same, &|config| {
+        config["quantization_config"]["rms_norm_eps"] = config["rms_norm_eps"].clone()
+    });
     assert_eq!(found, hidden(twin.path()).1);
 
     let out = student.path().join("m.gguf");
@@ -115,7 +122,9 @@ fn an_embedding_model_is_read_without_a_head_from_a_folder_and_from_bitnet_cpps_
     // bitnet.cpp's names of the norms, and no key for their ε.
     let file = Checkpoint::open(&out).unwrap();
     let mut metadata = Metadata::new();
-    for (key, value) in file.gguf_metadata().unwrap().iter().filter(|(key, _)| !key.ends_with("inner_norm_rms_epsilon")) {
+    for (key, value) in
+        file.gguf_metadata().unwrap().iter().filter(|(key, _)| !key.ends_with("inner_norm_rms_epsilon"))
+    {
         metadata.insert(key, value.clone());
     }
     assert_eq!(metadata.get("llama.pooling_type"), Some(&Value::U32(3)));

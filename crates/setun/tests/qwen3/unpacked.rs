@@ -103,16 +103,22 @@ fn unpacked_and_mlx_folders_compute_the_bits_of_their_gguf_twin_and_convert_to_i
         let found = survey(&file, &ModelConfig::of(&file).unwrap()).unwrap();
         let ternary: usize = found.packing.values().filter(|g| g.zeros.is_some()).map(|g| g.tensors).sum();
         assert_eq!((ternary, found.unused.len()), (15, 0), "{name}: {found:?}");
-        for (to, linear_type) in
-            [("q2", None), ("pq2", Some(Encoding::PQ2_0)), ("ptq1", Some(Encoding::PTQ1_0)), ("tq2", Some(Encoding::TQ2_0))]
-        {
+        for (to, linear_type) in [
+            ("q2", None),
+            ("pq2", Some(Encoding::PQ2_0)),
+            ("ptq1", Some(Encoding::PTQ1_0)),
+            ("tq2", Some(Encoding::TQ2_0)),
+        ] {
             let out = folder.path().join(format!("{n}-{to}.gguf"));
-            let options = ConvertOptions { linear_type, verify: true, without_tokenizer: true, ..Default::default() };
-            let report = convert(&file, &out, &options, &mut |_| {}).unwrap_or_else(|e| panic!("{name} {to}: {e}"));
+            let options =
+                ConvertOptions { linear_type, verify: true, without_tokenizer: true, ..Default::default() };
+            let report =
+                convert(&file, &out, &options, &mut |_| {}).unwrap_or_else(|e| panic!("{name} {to}: {e}"));
             assert_eq!((report.ternary_layers, report.max_error), (15, None));
             assert_eq!(logits(&Checkpoint::open(&out).unwrap()), expected, "{name} {to}");
         }
-        let options = ConvertOptions { target: Target::HuggingFace, without_tokenizer: true, ..Default::default() };
+        let options =
+            ConvertOptions { target: Target::HuggingFace, without_tokenizer: true, ..Default::default() };
         let error = convert(&file, &folder.path().join("hf"), &options, &mut |_| {}).unwrap_err().to_string();
         assert!(error.contains("float activations"), "{error}");
     }
@@ -129,10 +135,14 @@ fn plain_floats_stay_floats_and_mixtures_are_refused_until_a_choice_is_made() {
         folder
     };
     // Every weight moved a little, as training does.
-    let floats = make(&|_, values| values.iter_mut().enumerate().for_each(|(i, v)| *v += 1e-3 * (i % 7) as f32));
+    let floats =
+        make(&|_, values| values.iter_mut().enumerate().for_each(|(i, v)| *v += 1e-3 * (i % 7) as f32));
     assert_eq!(storage(&open(floats.path(), FloatWeights::Detect)), None);
     let error = ModelConfig::of(&open(floats.path(), FloatWeights::Ternary)).unwrap_err().to_string();
-    assert!(error.contains("14 of its block matrices are not ternary") && error.contains("column"), "{error}");
+    assert!(
+        error.contains("14 of its block matrices are not ternary") && error.contains("column"),
+        "{error}"
+    );
     // One float matrix among ternary ones.
     let mixed = make(&|name, values| {
         if name == "model.layers.1.mlp.up_proj.weight" {
@@ -140,7 +150,9 @@ fn plain_floats_stay_floats_and_mixtures_are_refused_until_a_choice_is_made() {
         }
     });
     let error = ModelConfig::of(&open(mixed.path(), FloatWeights::Detect)).unwrap_err().to_string();
-    for part in ["13 of its block matrices", "1 do not", "`model.layers.1.mlp.up_proj.weight`", "--weights float"] {
+    for part in
+        ["13 of its block matrices", "1 do not", "`model.layers.1.mlp.up_proj.weight`", "--weights float"]
+    {
         assert!(error.contains(part), "{part}: {error}");
     }
     assert_eq!(storage(&open(mixed.path(), FloatWeights::Float)), None);
@@ -151,8 +163,13 @@ fn plain_floats_stay_floats_and_mixtures_are_refused_until_a_choice_is_made() {
         }
     });
     let file = open(hidden.path(), FloatWeights::Detect);
-    let error = Engine::load(&file, ModelConfig::of(&file).unwrap(), &EngineOptions::default()).unwrap_err().to_string();
-    assert!(error.contains("`model.layers.1.mlp.up_proj.weight`") && error.contains("row 3, column 9"), "{error}");
+    let error = Engine::load(&file, ModelConfig::of(&file).unwrap(), &EngineOptions::default())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("`model.layers.1.mlp.up_proj.weight`") && error.contains("row 3, column 9"),
+        "{error}"
+    );
     assert!(error.contains("--weights float"), "{error}");
     // Zeros say nothing: a ternary model may have a matrix of them, a float one too.
     let zeros = make(&|name, values| {
@@ -191,13 +208,17 @@ fn mlx_settings_and_values_that_are_not_ternary_are_refused_by_name() {
     };
     let two = || serde_json::json!({"group_size": 128, "bits": 2});
     with(two(), &|_| {}).unwrap();
-    with(serde_json::json!({"group_size": 128, "bits": 2, "mode": "affine", "lm_head": false}), &|_| {}).unwrap();
+    with(serde_json::json!({"group_size": 128, "bits": 2, "mode": "affine", "lm_head": false}), &|_| {})
+        .unwrap();
     for (settings, part) in [
         (serde_json::json!({"group_size": 128, "bits": 4}), "`quantization.bits` is 4"),
         (serde_json::json!({"group_size": 32, "bits": 2, "mode": "mxfp4"}), "`quantization.mode`"),
         (serde_json::json!({"bits": 2}), "`quantization.group_size` is missing"),
         (serde_json::json!({"group_size": 64, "bits": 2}), "shape [512, 2]"),
-        (serde_json::json!({"group_size": 128, "bits": 2, "model.embed_tokens": {"bits": 6}}), "model.embed_tokens"),
+        (
+            serde_json::json!({"group_size": 128, "bits": 2, "model.embed_tokens": {"bits": 6}}),
+            "model.embed_tokens",
+        ),
     ] {
         let error = with(settings, &|_| {}).unwrap_err();
         assert!(error.contains(part), "{part}: {error}");

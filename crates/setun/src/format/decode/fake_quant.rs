@@ -191,7 +191,10 @@ mod tests {
         let tensor = Tensor::new(spec, bytes);
         let (sample, found) = (tensor.sample_ternary(), tensor.recognise_ternary());
         if found.is_ok() {
-            assert!(!matches!(sample.unwrap(), Sample::Floats(_)), "a sample refuses nothing that is ternary");
+            assert!(
+                !matches!(sample.unwrap(), Sample::Floats(_)),
+                "a sample refuses nothing that is ternary"
+            );
         }
         found.map_err(|e| e.to_string())
     }

@@ -25,7 +25,10 @@ pub(super) enum Value {
     /// None, booleans, floats: what nothing here depends on.
     Plain,
     Int(i64),
-    Text { start: u32, len: u32 },
+    Text {
+        start: u32,
+        len: u32,
+    },
     Global(Global),
     Tuple(u32),
     List(u32),
@@ -258,7 +261,9 @@ impl<'a> Machine<'a> {
                     // Attributes of an OrderedDict (`_metadata`: versions of its modules); nothing depends on them.
                     self.pop()?;
                     if !matches!(self.stack.last(), Some(Value::Dict(_) | Value::Tensor(_))) {
-                        return Err(Found::Refused(format!("byte {place} of its pickle sets the state of an object")));
+                        return Err(Found::Refused(format!(
+                            "byte {place} of its pickle sets the state of an object"
+                        )));
                     }
                 }
                 other => {
@@ -457,14 +462,20 @@ impl<'a> Machine<'a> {
         match (callee, items) {
             (Value::Global(Global::OrderedDict), []) => self.put_dict(),
             (Value::Global(Global::Size), &[size @ Value::Tuple(_)]) => self.push(size),
-            (Value::Global(Global::RebuildParameter), &[tensor @ Value::Tensor(_), _, _]) => self.push(tensor),
+            (Value::Global(Global::RebuildParameter), &[tensor @ Value::Tensor(_), _, _]) => {
+                self.push(tensor)
+            }
             (
                 Value::Global(Global::RebuildTensor),
-                &[Value::Storage(storage), Value::Int(offset), size, strides, _, _] | &[Value::Storage(storage), Value::Int(offset), size, strides, _, _, _],
+                &[Value::Storage(storage), Value::Int(offset), size, strides, _, _]
+                | &[Value::Storage(storage), Value::Int(offset), size, strides, _, _, _],
             ) => {
                 let view = (self.sizes(size), self.sizes(strides), u64::try_from(offset));
                 let (Some(shape), Some(strides), Ok(offset)) = view else {
-                    return broken(format!("a tensor before byte {} of its pickle has no valid shape", self.at));
+                    return broken(format!(
+                        "a tensor before byte {} of its pickle has no valid shape",
+                        self.at
+                    ));
                 };
                 if shape.len() != strides.len() {
                     return broken(format!("a tensor of shape {shape:?} has strides {strides:?}"));
@@ -534,7 +545,16 @@ mod tests {
 
     #[test]
     fn marks_protect_the_values_below_them() {
-        for pickle in [&b"K\x01(0."[..], b"K\x01(.", b"K\x01(\x85.", b"t.", b"u.", b"}(K\x01u.", b"h\x00.", b"X\xff\xff\xff\xff."] {
+        for pickle in [
+            &b"K\x01(0."[..],
+            b"K\x01(.",
+            b"K\x01(\x85.",
+            b"t.",
+            b"u.",
+            b"}(K\x01u.",
+            b"h\x00.",
+            b"X\xff\xff\xff\xff.",
+        ] {
             assert!(run(pickle).is_err(), "{pickle:?}");
         }
         assert_eq!(run(b"\x8a\x02\x00\xff."), Ok(Value::Int(-256)));
@@ -543,7 +563,9 @@ mod tests {
 
     #[test]
     fn only_row_major_views_without_gaps_are_contiguous() {
-        assert!(is_contiguous(&[2, 3], &[3, 1]) && is_contiguous(&[1, 3], &[99, 1]) && is_contiguous(&[], &[]));
+        assert!(
+            is_contiguous(&[2, 3], &[3, 1]) && is_contiguous(&[1, 3], &[99, 1]) && is_contiguous(&[], &[])
+        );
         assert!(is_contiguous(&[0, 3], &[7, 7]));
         assert!(!is_contiguous(&[3, 2], &[1, 3]) && !is_contiguous(&[2, 3], &[6, 1]));
     }
