@@ -1,5 +1,6 @@
 //! `config.json` as Hugging Face models carry it, read and written.
 
+mod mlx;
 mod raw;
 
 use serde::Deserialize;
@@ -303,38 +304,6 @@ pub(super) fn pooling(json: &Value) -> Pooling {
     }
 }
 
-/// What MLX's `quantization` section says: one group size for all packed layers, in two bits.
-fn mlx(section: &Map<String, Value>) -> Result<Numerics, ModelError> {
-    let field = |key: &str| format!("quantization.{key}");
-    let size = |key: &str| need(section.get(key).and_then(Value::as_u64), &field(key));
-    let bits = size("bits")?;
-    if bits != 2 {
-        return Err(value_error(
-            &field("bits"),
-            bits,
-            "2: ternary weights are what is read of MLX's formats",
-        ));
-    }
-    if let Some(mode) = section.get("mode").filter(|mode| mode.as_str() != Some("affine")) {
-        return Err(value_error(&field("mode"), mode, "`affine` or absent"));
-    }
-    let group = size("group_size")?;
-    // Settings of single layers: left out (false), or as all others.
-    for (layer, own) in section.iter().filter(|(_, own)| own.is_object()) {
-        let same = |key: &str, all: u64| own.get(key).is_none_or(|v| v.as_u64() == Some(all));
-        if !same("bits", bits) || !same("group_size", group) {
-            return Err(value_error(
-                &field(layer),
-                own,
-                format!("{bits} bits in groups of {group}, as all layers have"),
-            ));
-        }
-    }
-    let group = usize::try_from(group).unwrap_or(usize::MAX);
-    let storage = Storage::Mlx { group };
-    Ok(Numerics::Ternary(Ternary { activations: ActivationType::Float, storage, exceptions: None }))
-}
-
 fn numerics(raw: &RawConfig, family: Family) -> Result<Numerics, ModelError> {
     if let Some(section) = &raw.quantization {
         return match family {
@@ -343,7 +312,7 @@ fn numerics(raw: &RawConfig, family: Family) -> Result<Numerics, ModelError> {
                 "MLX's settings",
                 "absent in a BitNet, which is packed by its own rule",
             )),
-            _ => mlx(section),
+            _ => mlx::numerics(section),
         };
     }
     let Some(q) = &raw.quantization_config else {

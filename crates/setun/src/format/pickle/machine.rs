@@ -207,7 +207,7 @@ impl<'a> Machine<'a> {
                 }
                 b')' => self.put_tuple(Vec::new())?,
                 b't' => {
-                    let items = self.to_mark()?;
+                    let items = self.since_mark()?;
                     self.put_tuple(items)?;
                 }
                 n @ 0x85..=0x87 => {
@@ -226,7 +226,7 @@ impl<'a> Machine<'a> {
                     self.append(vec![item])?;
                 }
                 b'e' => {
-                    let items = self.to_mark()?;
+                    let items = self.since_mark()?;
                     self.append(items)?;
                 }
                 b's' => {
@@ -235,7 +235,7 @@ impl<'a> Machine<'a> {
                     self.set_items(&pair)?;
                 }
                 b'u' => {
-                    let items = self.to_mark()?;
+                    let items = self.since_mark()?;
                     self.set_items(&items)?;
                 }
                 b'q' => {
@@ -342,7 +342,7 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    fn to_mark(&mut self) -> Step<Vec<Value>> {
+    fn since_mark(&mut self) -> Step<Vec<Value>> {
         match self.marks.pop() {
             Some(mark) => Ok(self.stack.split_off(mark)),
             None => broken(format!("its pickle ends a collection that was not begun, at byte {}", self.at)),
