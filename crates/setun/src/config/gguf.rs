@@ -42,12 +42,12 @@ impl ModelConfig {
             (Family::Llama, Some(1..)) => Family::Mistral,
             _ => family,
         };
-        let mut num_layers = keys.need_size("block_count")?;
+        let blocks = keys.need_size("block_count")?;
         let mut hybrid = match family {
-            Family::Qwen35 => Some(hybrid(&keys, num_layers)?),
+            Family::Qwen35 => Some(hybrid(&keys, blocks)?),
             _ => None,
         };
-        num_layers -= hybrid.as_ref().map_or(0, |h| h.draft_layers);
+        let num_layers = blocks - hybrid.as_ref().map_or(0, |h| h.draft_layers);
         if file.info("blk.0.attn_q_norm_in.weight").is_some() {
             let expected = "absent, since norms inside linear layers are not read from GGUF under this name";
             return Err(value_error("blk.0.attn_q_norm_in.weight", "there", expected));
@@ -57,7 +57,7 @@ impl ModelConfig {
             // Their output projections are stored for heads in this order, which no fold can be taken back from.
             hybrid.order = HeadOrder::Grouped;
         }
-        let need_uniform = |key: &str| required(&keys.name(key), keys.per_layer(key, num_layers)?);
+        let need_uniform = |key: &str| required(&keys.name(key), keys.per_layer(key, blocks)?);
         let (hidden_size, heads) =
             (keys.need_size("embedding_length")?, need_uniform("attention.head_count")?);
         let head_dim = match keys.size("attention.key_length")? {
@@ -92,7 +92,7 @@ impl ModelConfig {
             intermediate_size: need_uniform("feed_forward_length")?,
             num_layers,
             heads,
-            kv_heads: keys.per_layer("attention.head_count_kv", num_layers)?.unwrap_or(heads),
+            kv_heads: keys.per_layer("attention.head_count_kv", blocks)?.unwrap_or(heads),
             head_dim,
             max_positions,
             rms_norm_eps: required(
