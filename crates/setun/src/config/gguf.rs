@@ -395,7 +395,7 @@ fn hybrid_keys(hybrid: &Hybrid, put: &mut impl FnMut(&str, Value)) {
     // Readers that know no list of layers know the interval, which most models have.
     let first = hybrid.layers.iter().position(|own| !own).map_or(hybrid.layers.len() + 1, |n| n + 1);
     put("full_attention_interval", size(first));
-    if hybrid.layers.iter().enumerate().any(|(n, &own)| own != !(n + 1).is_multiple_of(first)) {
+    if hybrid.layers.iter().enumerate().any(|(n, &own)| own == (n + 1).is_multiple_of(first)) {
         put("attention.recurrent_layers", Value::Array(Array::Bool(hybrid.layers.clone())));
     }
     if !hybrid.rope_sections.is_empty() {

@@ -39,7 +39,7 @@ fn layers_come_from_a_list_or_an_interval() {
     );
     let list = |list: &[bool]| Some(Value::Array(Array::Bool(list.to_vec())));
     let given = ("attention.recurrent_layers", list(&[false, true, true, false]));
-    assert_eq!(layers(&[given.clone()]).unwrap(), [false, true, true, false]);
+    assert_eq!(layers(std::slice::from_ref(&given)).unwrap(), [false, true, true, false]);
     assert_eq!(layers(&[given, ("full_attention_interval", None)]).unwrap(), [false, true, true, false]);
     // Blocks that only draft come last and are not run.
     let draft = [("nextn_predict_layers", Some(Value::U32(1)))];
