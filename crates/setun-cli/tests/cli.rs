@@ -297,6 +297,24 @@ fn info_tells_shape_packing_and_oddities() {
 }
 
 #[test]
+fn a_hybrid_is_described_and_runs_with_the_same_ids_after_its_conversion() {
+    let path = golden("../bonsai/qwen35-basic/model-pq2_0.gguf").display().to_string();
+    let info = json(&["info", &path, "--json"]);
+    let hybrid = &info["model"]["hybrid"];
+    assert_eq!(hybrid["recurrent_layers"], serde_json::json!([true, true, true, false]));
+    assert_eq!((&info["model"]["family"], &info["runnable"]), (&"qwen3.5".into(), &true.into()));
+    assert_eq!((&info["odd"], &info["unused_tensors"]), (&serde_json::json!([]), &serde_json::json!([])));
+    assert!(stdout(&["info", &path]).contains("3 of 4 layers are gated DeltaNets"));
+    let folder = tempfile::tempdir().unwrap();
+    let other = folder.path().join("other.gguf").display().to_string();
+    stdout(&["convert", &path, &other, "--to", "gguf", "--type", "ptq1_0", "--verify"]);
+    let run = |model: &str| stdout(&["run", model, "-p", "The king", "-n", "8", "--temperature", "0"]);
+    assert_eq!(run(&other), run(&path));
+    let rows = json(&["bench", &path, "--prefill", "8", "--decode", "4", "--repeats", "1", "--json"]);
+    assert_eq!(rows["results"].as_array().map(Vec::len), Some(2));
+}
+
+#[test]
 fn the_attribution_of_the_default_model_travels_with_the_program() {
     let works = stdout(&["info", "--attribution"]);
     for licence in ["CDLA-Sharing-1.0", "creativecommons.org/licenses/by/4.0", "public domain in the US"] {

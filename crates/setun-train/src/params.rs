@@ -218,6 +218,15 @@ mod tests {
     }
 
     #[test]
+    fn a_hybrid_is_refused_before_any_parameter_is_made() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../golden/bonsai/qwen35-basic/config.json");
+        let json = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let config = ModelConfig::from_json(&json).unwrap();
+        let error = load(config, |name, _, _, _| panic!("{name} was asked for")).unwrap_err().to_string();
+        assert!(error.contains("`layer_types`") && error.contains("DeltaNet"), "{error}");
+    }
+
+    #[test]
     fn initial_values_have_the_deviation_asked_for_and_differ_by_name_and_seed() {
         let a = normal(1, "a", 100_001, 0.02);
         let mean = a.iter().map(|&x| f64::from(x)).sum::<f64>() / a.len() as f64;

@@ -43,18 +43,18 @@ impl ModelConfig {
             (Family::Llama, Some(1..)) => Family::Mistral,
             _ => family,
         };
-        let mut num_layers = keys.need_size("block_count")?;
+        let blocks = keys.need_size("block_count")?;
         let mut hybrid = match family {
-            Family::Qwen35 => Some(hybrid(&keys, num_layers)?),
+            Family::Qwen35 => Some(hybrid(&keys, blocks)?),
             _ => None,
         };
-        num_layers -= hybrid.as_ref().map_or(0, |h| h.draft_layers);
+        let num_layers = blocks - hybrid.as_ref().map_or(0, |h| h.draft_layers);
         let rotation = Rotation::from_gguf(file, meta, family, num_layers)?;
         if let (Some(hybrid), true) = (&mut hybrid, rotation.as_ref().is_some_and(Rotation::keeps_groups)) {
             // Their output projections are stored for heads in this order, which no fold can be taken back from.
             hybrid.order = HeadOrder::Grouped;
         }
-        let need_uniform = |key: &str| required(&keys.name(key), keys.per_layer(key, num_layers)?);
+        let need_uniform = |key: &str| required(&keys.name(key), keys.per_layer(key, blocks)?);
         let (hidden_size, heads) =
             (keys.need_size("embedding_length")?, need_uniform("attention.head_count")?);
         let head_dim = match keys.size("attention.key_length")? {
@@ -99,7 +99,7 @@ impl ModelConfig {
             intermediate_size: need_uniform("feed_forward_length")?,
             num_layers,
             heads,
-            kv_heads: keys.per_layer("attention.head_count_kv", num_layers)?.unwrap_or(heads),
+            kv_heads: keys.per_layer("attention.head_count_kv", blocks)?.unwrap_or(heads),
             head_dim,
             max_positions,
             rms_norm_eps,
@@ -433,7 +433,7 @@ fn hybrid_keys(hybrid: &Hybrid, put: &mut impl FnMut(&str, Value)) {
     // Readers that know no list of layers know the interval, which most models have.
     let first = hybrid.layers.iter().position(|own| !own).map_or(hybrid.layers.len() + 1, |n| n + 1);
     put("full_attention_interval", size(first));
-    if hybrid.layers.iter().enumerate().any(|(n, &own)| own != !(n + 1).is_multiple_of(first)) {
+    if hybrid.layers.iter().enumerate().any(|(n, &own)| own == (n + 1).is_multiple_of(first)) {
         put("attention.recurrent_layers", Value::Array(Array::Bool(hybrid.layers.clone())));
     }
     if !hybrid.rope_sections.is_empty() {

@@ -1,5 +1,6 @@
 //! `config.json` as Hugging Face models carry it, read and written.
 
+mod hybrid;
 mod mlx;
 mod raw;
 
@@ -8,8 +9,8 @@ use serde_json::{Map, Value, json};
 
 use super::rope::{Rope, RopeScaling, yarn_attention};
 use super::{
-    Activation, ActivationType, Exceptions, Experts, Family, HeadOrder, Hybrid, InnerNorms, ModelConfig,
-    Numerics, Pooling, Storage, Ternary, contradictions, known, value_error,
+    Activation, ActivationType, Exceptions, Experts, Family, InnerNorms, ModelConfig, Numerics, Pooling,
+    Storage, Ternary, contradictions, known, value_error,
 };
 use crate::error::ModelError;
 use raw::{RawConfig, RawRope};
@@ -54,7 +55,7 @@ impl Family {
             Family::Qwen3Moe => {
                 Defaults { max_positions: 32_768, kv_heads: Some(4), sliding_window: Some(4096), ..llama }
             }
-            // Nothing is left to a default: see `hybrid`.
+            // Nothing is left to a default: see `hybrid::read`.
             Family::Qwen35 => llama,
             Family::BitNet => {
                 Defaults { rope_theta: 500_000.0, activation: Activation::Relu2, kv_heads: Some(5), ..llama }
@@ -78,7 +79,7 @@ impl ModelConfig {
         let family = family(&raw)?;
         contradictions::in_json(json)?;
         let defaults = family.defaults();
-        let hybrid = if family == Family::Qwen35 { Some(hybrid(&raw)?) } else { None };
+        let hybrid = if family == Family::Qwen35 { Some(hybrid::read(&raw)?) } else { None };
         let activation = match raw.hidden_act.as_deref() {
             Some("silu" | "swish") => Activation::Silu,
             Some("relu2") => Activation::Relu2,
@@ -195,7 +196,7 @@ impl ModelConfig {
             experts.to_json(map);
         }
         if let Some(hybrid) = &self.hybrid {
-            hybrid_json(hybrid, map);
+            hybrid::write(hybrid, map);
         }
         // Weight-only models have no such section: there is none that readers would not take for W1.58A8.
         if let Numerics::Ternary(ternary) = &self.numerics
@@ -353,72 +354,6 @@ fn numerics(raw: &RawConfig, family: Family) -> Result<Numerics, ModelError> {
     };
     let exceptions = q.modules_to_not_convert.clone().map(Exceptions::new).transpose()?;
     Ok(Numerics::Ternary(Ternary::bitnet(storage, exceptions)))
-}
-
-/// The gated DeltaNet layers of a Qwen3.5 model. What its class would fill in has to be there: the class's defaults are those
-/// of one size, and a model run with another's is another model.
-fn hybrid(raw: &RawConfig) -> Result<Hybrid, ModelError> {
-    let rope = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());
-    need(raw.head_dim, "head_dim")?;
-    need(raw.num_key_value_heads, "num_key_value_heads")?;
-    need(raw.max_position_embeddings, "max_position_embeddings")?;
-    need(raw.rope_theta.or(rope.and_then(|r| r.rope_theta)), "rope_theta")?;
-    let partial = raw.partial_rotary_factor.or(rope.and_then(|r| r.partial_rotary_factor));
-    need(partial, "partial_rotary_factor")?;
-    let fixed =
-        [("attention_bias", raw.attention_bias, false), ("attn_output_gate", raw.attn_output_gate, true)];
-    for (field, found, expected) in fixed {
-        if found.is_some_and(|found| found != expected) {
-            return Err(value_error(field, !expected, format!("{expected} or absent in a Qwen3.5 model")));
-        }
-    }
-    let num_layers = need(raw.num_hidden_layers, "num_hidden_layers")?.min(super::MAX_LAYERS);
-    let layers = match (&raw.layer_types, raw.full_attention_interval) {
-        (Some(types), _) => types.iter().map(|kind| kind == "linear_attention").collect(),
-        (None, Some(interval @ 1..)) => (1..=num_layers).map(|n| n % interval != 0).collect(),
-        (None, Some(0)) => return Err(value_error("full_attention_interval", 0, "at least 1")),
-        (None, None) => return Err(ModelError::ConfigMissing { field: "layer_types".into() }),
-    };
-    let head_dim = need(raw.linear_key_head_dim, "linear_key_head_dim")?;
-    let value_dim = need(raw.linear_value_head_dim, "linear_value_head_dim")?;
-    if value_dim != head_dim {
-        let expected = format!("{head_dim}, as linear_key_head_dim is");
-        return Err(value_error("linear_value_head_dim", value_dim, expected));
-    }
-    let rope_sections = match rope.and_then(|r| r.mrope_section.as_deref()) {
-        None => Vec::new(),
-        // GGUF has a fourth, which nothing uses.
-        Some(&[time, height, width]) => vec![time, height, width, 0],
-        Some(other) => return Err(value_error("mrope_section", format!("{} numbers", other.len()), "three")),
-    };
-    Ok(Hybrid {
-        layers,
-        key_heads: need(raw.linear_num_key_heads, "linear_num_key_heads")?,
-        value_heads: need(raw.linear_num_value_heads, "linear_num_value_heads")?,
-        head_dim,
-        conv_kernel: need(raw.linear_conv_kernel_dim, "linear_conv_kernel_dim")?,
-        order: HeadOrder::Grouped,
-        draft_layers: 0,
-        rope_sections,
-    })
-}
-
-fn hybrid_json(hybrid: &Hybrid, map: &mut Map<String, Value>) {
-    let kind = |own: &bool| if *own { "linear_attention" } else { "full_attention" };
-    map.insert("layer_types".into(), hybrid.layers.iter().map(kind).collect());
-    for (key, value) in [
-        ("linear_conv_kernel_dim", hybrid.conv_kernel),
-        ("linear_num_key_heads", hybrid.key_heads),
-        ("linear_num_value_heads", hybrid.value_heads),
-        ("linear_key_head_dim", hybrid.head_dim),
-        ("linear_value_head_dim", hybrid.head_dim),
-    ] {
-        map.insert(key.into(), json!(value));
-    }
-    let [time, height, width, 0] = hybrid.rope_sections[..] else { return };
-    let mut rope = map.remove("rope_scaling").unwrap_or_else(|| json!({"rope_type": "default"}));
-    rope["mrope_section"] = json!([time, height, width]);
-    map.insert("rope_scaling".into(), rope);
 }
 
 fn windows(

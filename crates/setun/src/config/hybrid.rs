@@ -86,7 +86,8 @@ impl Hybrid {
             }
         }
         if !self.value_heads.is_multiple_of(self.key_heads) {
-            let expected = format!("a multiple of the {} key heads", self.key_heads);
+            let expected =
+                format!("a multiple of linear_num_key_heads / ssm.group_count = {}", self.key_heads);
             return Err(value_error(
                 "linear_num_value_heads / ssm.time_step_rank",
                 self.value_heads,
@@ -114,5 +115,25 @@ mod tests {
         assert_eq!(tiled, [0, 3, 1, 4, 2, 5]);
         assert_eq!(grouped.iter().map(|&j| tiled[j]).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5]);
         assert_eq!(HeadOrder::Tiled.places(HeadOrder::Tiled, 2, 4), [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn heads_are_permuted_as_the_publishers_program_permutes_them() {
+        let path =
+            concat!(env!("CARGO_MANIFEST_DIR"), "/../../golden/bonsai/transform/transform.safetensors");
+        let file = crate::format::Checkpoint::open(path).unwrap();
+        for case in ["perm0", "perm1"] {
+            let floats = |part: &str| file.tensor(&format!("{case}.{part}")).unwrap().to_f32().unwrap();
+            let dims = file.tensor(&format!("{case}.dims_hd_nk_rep")).unwrap();
+            let dims: Vec<usize> =
+                dims.data.as_chunks::<8>().0.iter().map(|&n| u64::from_le_bytes(n) as usize).collect();
+            let [width, key_heads, each] = dims[..] else { panic!("{dims:?}") };
+            let (tiled, grouped) = (floats("tiled"), floats("grouped"));
+            let places = HeadOrder::Grouped.places(HeadOrder::Tiled, key_heads, key_heads * each);
+            let found: Vec<f32> =
+                places.iter().flat_map(|&head| tiled[head * width..(head + 1) * width].to_vec()).collect();
+            assert_eq!(found, grouped, "{case}");
+            assert_ne!(tiled, grouped);
+        }
     }
 }

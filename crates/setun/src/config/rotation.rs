@@ -130,9 +130,9 @@ impl Rotation {
         self.block
     }
 
-    /// Whether folded output projections of gated DeltaNets take their heads in grouped order.
+    /// Whether there are folded output projections of gated DeltaNets that take their heads in grouped order.
     pub(crate) fn keeps_groups(&self) -> bool {
-        self.keeps_groups
+        self.keeps_groups && self.folded.iter().any(|name| name.ends_with(".ssm_out.weight"))
     }
 
     /// Whether the tensor that GGUF calls `name` is folded.

@@ -2,7 +2,9 @@
 //!
 //! The full set beside the project is checked too where it is there. Tolerances: golden/README.md.
 
+mod files;
 mod parity;
+mod rotation;
 
 use std::path::{Path, PathBuf};
 

@@ -1,7 +1,11 @@
-use setun::config::{ActivationType, Family};
-use setun::kv_cache::KvType;
+use setun::config::{ActivationType, Family, ModelConfig};
+use setun::cpu::{CpuOps, CpuSource, Part, Workspace};
+use setun::kv_cache::{KvCache, KvType};
+use setun::model::Model;
+use setun::ops::Ops;
 use setun::tokenizer::Tokenizer;
-use setun_kernels::Kernels;
+use setun::weights::Weights;
+use setun_kernels::{Kernels, Pool};
 
 use super::*;
 
@@ -80,6 +84,42 @@ fn logits_have_the_same_bits_on_every_kernel_thread_count_and_prefill_chunking()
             }
         }
     }
+}
+
+#[test]
+fn a_sequence_has_the_same_bits_alone_and_beside_another_in_a_batch() {
+    let file = Checkpoint::open(gguf()).unwrap();
+    let config = ModelConfig::of(&file).unwrap();
+    let (kernels, pool) = (Kernels::best(), Pool::new(2));
+    let mut source = CpuSource::new(Weights::new(&file, &config), kernels, &pool, ActivationType::Float);
+    let model = Model::build(config.clone(), &mut source).unwrap();
+    let mut work = Workspace::new(&config);
+    // Bits of two sequences, whose pieces go through the model together.
+    let mut run = |passes: &[[&[u32]; 2]]| {
+        let mut caches = [0, 1].map(|_| KvCache::new(&config, KvType::F32, 64));
+        let mut out = [Vec::new(), Vec::new()];
+        for pass in passes {
+            let (ids, mut taps) = (pass.concat(), Vec::new());
+            let parts = caches.iter_mut().zip(pass).filter(|(_, ids)| !ids.is_empty());
+            let mut parts: Vec<Part> = parts
+                .map(|(cache, ids)| Part { length: cache.len() + ids.len(), cache, tokens: ids.len() })
+                .collect();
+            let mut ops = CpuOps::new(kernels, &pool, &mut work, &mut parts, Some(&mut taps));
+            let hidden = model.hidden(&mut ops, &ids);
+            ops.release(hidden);
+            ops.finish();
+            let (first, second) = taps.last().unwrap().1.split_at(pass[0].len() * config.hidden_size);
+            out[0].extend(bits(first));
+            out[1].extend(bits(second));
+        }
+        out
+    };
+    let tokens = long();
+    let (a, b) = (&tokens[..9], &tokens[30..45]);
+    let [alone, _] = run(&[[a, &[]]]);
+    let [_, other] = run(&[[&[], b]]);
+    let together = run(&[[&a[..4], &b[..1]], [&a[4..5], &b[1..12]], [&[], &b[12..]], [&a[5..], &[]]]);
+    assert_eq!(together, [alone, other]);
 }
 
 #[test]
