@@ -118,13 +118,14 @@ impl Hub {
     }
 
     /// Brings a model up to date with the hub: asks which commit the revision is, and fetches what the cache lacks of it.
+    /// Offline, what the cache has will do.
     ///
     /// # Errors
     /// [`ModelError::Hub`] with what the hub, the network or the disk refused; what was fetched by then is kept, under
     /// names that no program takes for complete files.
     pub fn pull(&self, name: &HubName, watch: &mut Watch) -> Result<Pulled, ModelError> {
         if self.client.settings.offline {
-            return Err(self.failed(name, "it is not fetched, because HF_HUB_OFFLINE is set"));
+            return self.pulled_before(name);
         }
         let cache = RepoCache::new(&self.client.settings.cache, &name.repo);
         let mut pull = Pull { hub: self, cache: &cache, name, commit: None, files: 0, bytes: 0 };
@@ -140,6 +141,22 @@ impl Hub {
         // Last, so that a revision is never taken for a commit of which files are missing.
         cache.set_commit(&name.revision, &commit)?;
         Ok(Pulled { path: opened(cache.snapshot(&commit), &weights), commit, files, bytes })
+    }
+
+    /// What [`pull`](Self::pull) comes to without a network.
+    fn pulled_before(&self, name: &HubName) -> Result<Pulled, ModelError> {
+        let folder = &self.client.settings.cache;
+        let commit = RepoCache::new(folder, &name.repo).commit(&name.revision);
+        match (self.cached(name)?, commit) {
+            (Some(path), Some(commit)) => Ok(Pulled { path, commit, files: 0, bytes: 0 }),
+            _ => Err(self.failed(
+                name,
+                format!(
+                    "it is not in the cache at {}, or not all of it, and HF_HUB_OFFLINE keeps it from being fetched",
+                    folder.display()
+                ),
+            )),
+        }
     }
 
     fn failed(&self, name: &HubName, what: impl Into<String>) -> ModelError {
