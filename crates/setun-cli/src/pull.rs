@@ -47,7 +47,7 @@ pub fn pull(args: &PullArgs) -> Result<()> {
         pulled.commit,
         match pulled.files {
             0 => "all of it was there".to_owned(),
-            n => format!("{n} files fetched, {}", output::bytes(pulled.bytes as usize)),
+            n => format!("{} fetched, {}", files(n), output::bytes(pulled.bytes as usize)),
         }
     );
     Ok(output::print(&format!("{}\n", pulled.path.display()))?)
@@ -89,7 +89,7 @@ fn fetch(hub: &Hub, name: &HubName) -> Result<Pulled> {
             };
             say(
                 bar.as_ref(),
-                &format!("fetching {name}: {files} files, {}{there}", output::bytes(bytes as usize)),
+                &format!("fetching {name}: {}, {}{there}", self::files(files), output::bytes(bytes as usize)),
             );
             let bar = bar.get_or_insert_with(progress::bytes);
             bar.set_length(bytes);
@@ -108,6 +108,10 @@ fn fetch(hub: &Hub, name: &HubName) -> Result<Pulled> {
         bar.finish_and_clear();
     }
     Ok(pulled?)
+}
+
+fn files(n: usize) -> String {
+    if n == 1 { "1 file".into() } else { format!("{n} files") }
 }
 
 /// A line on stderr that does not tear the bar.

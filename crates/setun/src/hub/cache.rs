@@ -172,11 +172,11 @@ pub(super) fn room(_: &Path) -> Option<u64> {
     None
 }
 
-/// Whether a file is there, as far as the system tells.
+/// Bytes of a file, if it is there.
 pub(super) fn length(path: &Path) -> Result<Option<u64>, ModelError> {
     match fs::metadata(path) {
         Ok(found) => Ok(Some(found.len())),
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
         Err(e) => Err(ModelError::read(path, e)),
     }
 }

@@ -76,14 +76,12 @@ impl Download<'_> {
     fn receive(&self, watch: &mut Watch) -> Result<Result<(), (String, String)>, ModelError> {
         let (size, path) = (self.about.size, self.cache.incomplete(&self.about.etag));
         let file = File::options().read(true).write(true).create(true).truncate(false).open(&path);
-        let mut partial = file.and_then(|file| Partial::resume(file, self.about));
-        let partial = partial
-            .as_mut()
-            .map_err(|e| self.disk(std::mem::replace(e, std::io::ErrorKind::Other.into())))?;
+        let partial = file.and_then(|file| Partial::resume(file, self.about));
+        let mut partial = partial.map_err(|e| self.disk(e))?;
         let mut patience = self.client.patience();
         while partial.have < size {
             let had = partial.have;
-            match self.stream(partial, watch) {
+            match self.stream(&mut partial, watch) {
                 Ok(()) => {}
                 Err(Cut::Disk(e)) => return Err(self.disk(e)),
                 Err(Cut::Network(failure)) => {

@@ -24,6 +24,9 @@ impl HubName {
     /// [`ModelError::Hub`] naming the part that is not as hubs allow.
     pub fn parse(text: &str) -> Result<Self, ModelError> {
         let refused = |what: String| ModelError::hub(text, format!("{what}; {}", Self::SYNTAX));
+        if text.contains("://") {
+            return Err(refused("an address is no name".into()));
+        }
         let bare = text.strip_prefix("hf:").unwrap_or(text);
         let (head, file) = match bare.split_once(':') {
             Some((head, file)) => (head, Some(file)),
@@ -171,6 +174,7 @@ mod tests {
             ("a/b/c", "repository"),
             ("", "repository"),
             ("a/b\u{1b}[2J", "repository"),
+            ("https://huggingface.co/org/name", "address"),
             ("org/name@../../x", "revision"),
             ("org/name@", "revision"),
             ("org/name@-x", "revision"),

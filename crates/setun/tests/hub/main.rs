@@ -13,22 +13,22 @@ use server::{Reply, Repo, Request, Server};
 use setun::hub::{Event, Hub, HubName, Pulled, Settings};
 
 /// Larger than every buffer on the way.
-pub fn contents() -> Vec<u8> {
+fn contents() -> Vec<u8> {
     (0..700_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
 }
 
-pub fn gguf_repo() -> Repo {
+fn gguf_repo() -> Repo {
     Repo::new("org/name").small("README.md", "a model").large("x.gguf", contents())
 }
 
 /// A cache, and settings for a hub at `address`.
-pub struct Place {
-    pub folder: tempfile::TempDir,
-    pub settings: Settings,
+struct Place {
+    folder: tempfile::TempDir,
+    settings: Settings,
 }
 
 impl Place {
-    pub fn new(address: &str) -> Self {
+    fn new(address: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut settings = Settings::new(address, folder.path());
         settings.timeout = Duration::from_millis(600);
@@ -36,16 +36,16 @@ impl Place {
         Self { folder, settings }
     }
 
-    pub fn hub(&self) -> Hub {
+    fn hub(&self) -> Hub {
         Hub::new(self.settings.clone()).unwrap()
     }
 
-    pub fn pull(&self, name: &str) -> Result<Pulled, String> {
+    fn pull(&self, name: &str) -> Result<Pulled, String> {
         self.watched(name).0
     }
 
     /// Also what was told on the way.
-    pub fn watched(&self, name: &str) -> (Result<Pulled, String>, Vec<String>) {
+    fn watched(&self, name: &str) -> (Result<Pulled, String>, Vec<String>) {
         let (hub, mut told) = (self.hub(), Vec::new());
         let pulled = hub.pull(&HubName::parse(name).unwrap(), &mut |event| match event {
             Event::Note(text) => told.push(text.to_owned()),
@@ -55,24 +55,24 @@ impl Place {
         (pulled.map_err(|e| e.to_string()), told)
     }
 
-    pub fn cached(&self, name: &str) -> Option<PathBuf> {
+    fn cached(&self, name: &str) -> Option<PathBuf> {
         self.hub().cached(&HubName::parse(name).unwrap()).unwrap()
     }
 
     /// What the repository's folder holds under final names: blobs, snapshot entries, refs.
-    pub fn final_names(&self) -> Vec<String> {
+    fn final_names(&self) -> Vec<String> {
         let mut names = Vec::new();
         walk(self.folder.path(), &mut names);
         names.retain(|name| !name.ends_with(".lock") && !name.ends_with(".incomplete"));
         names
     }
 
-    pub fn incomplete(&self, bytes: &[u8]) -> PathBuf {
+    fn incomplete(&self, bytes: &[u8]) -> PathBuf {
         self.folder.path().join(format!("models--org--name/blobs/{}.incomplete", server::sha256(bytes)))
     }
 
     /// The message of a pull that must fail and leave nothing under a final name.
-    pub fn failure(&self, name: &str) -> String {
+    fn failure(&self, name: &str) -> String {
         let error = self.pull(name).unwrap_err();
         assert_eq!(self.final_names(), [""; 0], "{error}");
         assert_eq!(self.cached(name), None, "{error}");
@@ -90,16 +90,16 @@ fn walk(folder: &Path, names: &mut Vec<String>) {
     }
 }
 
-pub fn hub(repo: Repo) -> Server {
+fn hub(repo: Repo) -> Server {
     Server::start(move |request, _| repo.answer(request))
 }
 
 /// A hub whose answer a test may replace.
-pub fn hub_but(repo: Repo, but: impl Fn(&Request, usize) -> Option<Reply> + Send + Sync + 'static) -> Server {
+fn hub_but(repo: Repo, but: impl Fn(&Request, usize) -> Option<Reply> + Send + Sync + 'static) -> Server {
     Server::start(move |request, before| but(request, before).unwrap_or_else(|| repo.answer(request)))
 }
 
-pub fn is_contents(request: &Request) -> bool {
+fn is_contents(request: &Request) -> bool {
     request.method == "GET" && request.path.contains("/resolve/") && request.path.ends_with(".gguf")
 }
 
@@ -176,7 +176,7 @@ fn a_checkpoint_is_weights_config_and_tokenizer_without_code_and_pickles() {
             "tokenizer.json"
         ]
     );
-    assert_eq!(told, [format!("start 1 {} 0", index.len()), "start 5 24 0".into()]);
+    assert_eq!(told, [format!("start 1 {} 0", index.len()), "start 5 22 0".into()]);
     assert_eq!(place.cached("org/name"), Some(pulled.path.clone()));
 
     // As an interrupted program leaves it: no longer a model, until it is completed.

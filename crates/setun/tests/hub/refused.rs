@@ -28,7 +28,7 @@ fn each_refusal_says_what_is_refused_and_what_to_do() {
         (Reply::new(401, ""), false, &["asks for a login", "HF_TOKEN"]),
         (Reply::new(401, ""), true, &["does not accept the token"]),
         (
-            Reply::new(403, "").with("X-Error-Message", "Access\u{7} denied"),
+            Reply::new(403, "").with("X-Error-Message", "Access\t denied"),
             true,
             &["forbids access: Access  denied"],
         ),
