@@ -4,7 +4,7 @@ mod machine;
 mod measure;
 mod random;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Result;
@@ -16,7 +16,7 @@ use setun::kv_cache::KvType;
 use setun_kernels::Kernels;
 use setun_kernels::threads::physical_cores_allowed;
 
-use crate::{WrongUsage, memory, model, output, progress};
+use crate::{WrongUsage, memory, model, output, progress, pull};
 use machine::Machine;
 use measure::{Measured, Peaks};
 
@@ -35,7 +35,7 @@ use measure::{Measured, Peaks};
 
 Shapes: tiny (6 M), 125m, 350m, 700m, 1.3b, 2b4t (BitNet-b1.58-2B-4T), 3b, 7b, 8b")]
 pub struct BenchArgs {
-    /// Model file or folder [default: the model in the program]
+    /// Model file, folder or hub name (OWNER/NAME[:FILE]) [default: the model in the program]
     #[arg(conflicts_with = "shape")]
     model: Option<PathBuf>,
     /// Random weights of this shape instead of a model
@@ -126,6 +126,8 @@ pub fn bench(args: BenchArgs) -> Result<()> {
     }
     let kernels = kernel_sets(&args.kernel)?;
     let threads = if args.threads.is_empty() { vec![physical_cores_allowed()] } else { args.threads.clone() };
+    // Fetched before anything is drawn or measured.
+    let model = args.model.as_deref().map(pull::local).transpose()?;
     let busy = progress::spinner();
     let (mut results, mut first) = (Vec::new(), None);
     for kernels in kernels {
@@ -137,7 +139,7 @@ pub fn bench(args: BenchArgs) -> Result<()> {
                 threads: Some(threads),
                 activations: Some(args.activations),
             };
-            let engine = load(&args, &options)?;
+            let engine = load(&args, model.as_deref(), &options)?;
             let load_seconds = started.elapsed().as_secs_f64();
             let runs = measure::all(&engine, &args.plan(), &|what| busy.set_message(what));
             let runs = runs?;
@@ -186,11 +188,11 @@ fn kernel_sets(names: &[String]) -> Result<Vec<&'static Kernels>> {
     names.iter().map(set).collect()
 }
 
-fn load(args: &BenchArgs, options: &EngineOptions) -> Result<Engine> {
+fn load(args: &BenchArgs, model: Option<&Path>, options: &EngineOptions) -> Result<Engine> {
     if let Some(shape) = args.shape {
         return random::engine(shape, options, args.seed);
     }
-    let file = args.open.open(args.model.as_deref())?;
+    let file = args.open.open(model)?;
     Ok(Engine::load(&file, ModelConfig::of(&file)?, options)?)
 }
 

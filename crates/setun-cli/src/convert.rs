@@ -21,7 +21,7 @@ use crate::{WrongUsage, model, output, progress};
   setun convert model.gguf model-folder --to hf
   setun convert stories.bin stories.gguf --to gguf --tokenizer tok512.model")]
 pub struct ConvertArgs {
-    /// Model file (GGUF, safetensors, llama2.c) or folder
+    /// Model file (GGUF, safetensors, llama2.c), folder or hub name (OWNER/NAME[:FILE])
     input: PathBuf,
     /// File (gguf) or folder (hf) to write
     output: PathBuf,

@@ -31,7 +31,7 @@ enum Task {
     after_help = "Example: setun eval ppl --model MODEL --file wiki.test.raw --window 2048 --stride 1024"
 )]
 struct PplArgs {
-    /// Model file (GGUF, safetensors, llama2.c) or folder [default: the model in the program]
+    /// Model file (GGUF, safetensors, llama2.c), folder or hub name (OWNER/NAME[:FILE]) [default: the model in the program]
     #[arg(long, value_name = "MODEL")]
     model: Option<PathBuf>,
     /// Text file, UTF-8

@@ -27,7 +27,7 @@ use crate::{default_model, model, output};
     after_help = "Examples:\n  setun info model.gguf\n  setun info ./folder --json\n  setun info            the model in the program"
 )]
 pub struct InfoArgs {
-    /// Model file (GGUF, safetensors, llama2.c) or folder [default: the model in the program]
+    /// Model file (GGUF, safetensors, llama2.c), folder or hub name (OWNER/NAME[:FILE]) [default: the model in the program]
     model: Option<PathBuf>,
     /// Tokenizer to describe instead of the model's own
     #[arg(long, value_name = "FILE")]

@@ -23,7 +23,7 @@ use crate::output;
     after_help = "Example: echo '[[1, 403, 407]]' > ids.json && setun logits MODEL --tokens ids.json --out o.safetensors"
 )]
 pub struct LogitsArgs {
-    /// Model file (GGUF, safetensors, llama2.c) or folder
+    /// Model file (GGUF, safetensors, llama2.c), folder or hub name (OWNER/NAME[:FILE])
     model: Option<PathBuf>,
     /// JSON file with a list of lists of token ids
     #[arg(long, value_name = "FILE")]

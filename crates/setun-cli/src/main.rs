@@ -12,6 +12,7 @@ mod model;
 mod output;
 mod plot;
 mod progress;
+mod pull;
 mod run;
 mod tokenize;
 mod train;
@@ -35,6 +36,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Run(run::RunArgs),
+    Pull(pull::PullArgs),
     Info(info::InfoArgs),
     Logits(logits::LogitsArgs),
     Convert(convert::ConvertArgs),
@@ -62,6 +64,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         None => run::default_story(started),
         Some(Command::Run(args)) => run::run(args, started),
+        Some(Command::Pull(args)) => pull::pull(&args),
         Some(Command::Info(args)) => info::info(args),
         Some(Command::Logits(args)) => logits::logits(args),
         Some(Command::Convert(args)) => convert::convert(args),

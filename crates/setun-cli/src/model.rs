@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use setun::config::ActivationType;
 use setun::config::ModelConfig;
 use setun::engine::{Engine, EngineOptions};
@@ -11,7 +11,7 @@ use setun::kv_cache::KvType;
 use setun::tokenizer::Tokenizer;
 use setun_kernels::Kernels;
 
-use crate::default_model;
+use crate::{default_model, pull};
 
 /// What a file leaves open: the user's word, where the file's own evidence does not decide.
 #[derive(clap::Args, Debug, Clone, Copy)]
@@ -29,7 +29,7 @@ pub struct OpenArgs {
 }
 
 impl OpenArgs {
-    /// Opens the model that the user named, or the one in the program.
+    /// Opens the model that the user named (fetched first, if that is a hub name), or the one in the program.
     pub fn open(self, model: Option<&Path>) -> Result<Checkpoint> {
         let Some(path) = model else {
             return Ok(Checkpoint::from_bytes(default_model::NAME, default_model::BYTES)?);
@@ -39,13 +39,7 @@ impl OpenArgs {
             i2s: self.i2s.unwrap_or_default(),
             weights: self.weights.unwrap_or_default(),
         };
-        if !path.exists() && looks_like_hub_name(path) {
-            bail!(
-                "there is no file or folder `{}`, and models cannot be fetched from a hub yet: download it and name its folder",
-                path.display()
-            );
-        }
-        Ok(Checkpoint::open_with(path, options)?)
+        Ok(Checkpoint::open_with(pull::local(path)?, options)?)
     }
 }
 
@@ -147,19 +141,10 @@ pub fn needs_text(config: &ModelConfig) -> Result<()> {
     }
 }
 
-/// Opens a tokenizer in a file or folder of its own.
+/// Opens a tokenizer in a file or folder of its own, or that of a model on a hub.
 pub fn tokenizer_at(path: &Path) -> Result<Tokenizer> {
+    let path = &pull::local(path)?;
     Tokenizer::open(path).with_context(|| format!("cannot use {} as a tokenizer", path.display()))
-}
-
-/// `owner/name`, as model hubs spell it.
-fn looks_like_hub_name(path: &Path) -> bool {
-    let Some(text) = path.to_str() else { return false };
-    let parts: Vec<&str> = text.split('/').collect();
-    parts.len() == 2
-        && parts.iter().all(|part| !part.is_empty() && !part.starts_with('.'))
-        && !Path::new(parts[0]).exists()
-        && ![".gguf", ".safetensors", ".bin"].iter().any(|end| text.ends_with(end))
 }
 
 pub fn positive(text: &str) -> Result<usize, String> {
@@ -219,24 +204,4 @@ fn i2s_layout(text: &str) -> Result<I2sLayout, String> {
 
 pub fn kv_type(text: &str) -> Result<KvType, String> {
     text.parse()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_owner_slash_name_is_taken_for_a_hub_name() {
-        for (text, hub) in [
-            ("microsoft/bitnet-b1.58-2B-4T", true),
-            ("./model", false),
-            ("models/x.gguf", false),
-            ("model", false),
-            ("/a/b", false),
-            ("a/b/c", false),
-            ("src/nothing-here", false),
-        ] {
-            assert_eq!(looks_like_hub_name(Path::new(text)), hub, "{text}");
-        }
-    }
 }

@@ -37,7 +37,7 @@ use crate::{WrongUsage, default_model, memory, output};
   setun run MODEL --system 'Answer in rhyme.'        a conversation
   setun run MODEL < notes.txt > continued.txt")]
 pub struct RunArgs {
-    /// Model file (GGUF, safetensors, llama2.c) or folder [default: the model in the program]
+    /// Model file (GGUF, safetensors, llama2.c), folder or hub name (OWNER/NAME[:FILE]) [default: the model in the program]
     model: Option<PathBuf>,
     /// Text to continue
     #[arg(short, long, value_name = "TEXT")]

@@ -16,7 +16,7 @@ use crate::{WrongUsage, model, output};
     after_help = "Examples:\n  setun tokenize MODEL 'Once upon a time' --ids\n  setun tokenize MODEL - < book.txt --json\n  setun tokenize MODEL --decode '403 407 261'"
 )]
 pub struct TokenizeArgs {
-    /// Model file or folder, or a tokenizer file
+    /// Model file, folder or hub name (OWNER/NAME[:FILE]), or a tokenizer file
     model: PathBuf,
     /// Text to encode; `-` or nothing reads stdin
     #[arg(conflicts_with = "decode")]

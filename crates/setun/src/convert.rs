@@ -25,6 +25,8 @@ use crate::format::{Checkpoint, Encoding, SafetensorsWriter, ScaleConvention, Te
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 use encode::Encoder;
+#[cfg(feature = "hub")]
+pub(crate) use huggingface::COMPANIONS;
 use plan::{Item, Planned};
 use staging::Staging;
 pub use verify::Verified;

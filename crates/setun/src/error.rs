@@ -40,6 +40,14 @@ pub enum ModelError {
         /// What it is, and what is read instead.
         what: String,
     },
+    /// A model on a hub cannot be found, fetched or kept.
+    #[error("{name}: {what}")]
+    Hub {
+        /// The model as the user named it, or the setting at fault.
+        name: String,
+        /// What the hub, the network or the disk refused, and what to do.
+        what: String,
+    },
     /// A tensor that the model needs is not in the file.
     #[error("{}: tensor `{name}` is missing{hint}", path.display())]
     MissingTensor {
@@ -180,6 +188,11 @@ impl ModelError {
 
     pub(crate) fn unsupported(path: &Path, what: impl Into<String>) -> Self {
         Self::Unsupported { path: path.to_owned(), what: what.into() }
+    }
+
+    #[cfg(feature = "hub")]
+    pub(crate) fn hub(name: &str, what: impl Into<String>) -> Self {
+        Self::Hub { name: name.to_owned(), what: what.into() }
     }
 
     pub(crate) fn tensor(name: &str, what: impl Into<String>) -> Self {

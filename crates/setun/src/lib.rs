@@ -4,7 +4,7 @@
 //! by [`weights`]; [`tokenizer`] and [`chat`] turn text into ids; [`model`] is the forward pass over [`ops`], which
 //! [`cpu`] executes with a [`kv_cache`]; [`engine`] holds a loaded model and its sequences, [`sampler`] picks the next
 //! token (as [`recommended`] by the model's makers or otherwise asked), [`generate`] puts them together and [`stop`] watches for strings that end a text. [`inspect`] tells what a file
-//! holds, [`eval`] scores a model, [`convert`] rewrites one. [`error`] says why something could not be done.
+//! holds, [`eval`] scores a model, [`convert`] rewrites one. [`hub`] fetches models and keeps them. [`error`] says why something could not be done.
 
 pub mod chat;
 pub mod config;
@@ -15,6 +15,8 @@ pub mod error;
 pub mod eval;
 pub mod format;
 pub mod generate;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod inspect;
 pub mod kv_cache;
 pub mod model;

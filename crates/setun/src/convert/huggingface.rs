@@ -13,7 +13,7 @@ use crate::recommended::Recommended;
 use crate::tokenizer::Tokenizer;
 
 /// Files that belong to a model and say nothing about how its weights are stored.
-pub(super) const COMPANIONS: [&str; 12] = [
+pub(crate) const COMPANIONS: [&str; 12] = [
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
