@@ -59,7 +59,7 @@ impl Engine {
         let weights = Weights::new(file, &config);
         weights.check_all_used()?;
         let activations = options.activations.unwrap_or(config.activations());
-        let mut source = CpuSource::new(weights, kernels, &pool, activations);
+        let mut source = CpuSource::new(weights.on(&pool), kernels, &pool, activations);
         let model = Model::build(config.clone(), &mut source)?;
         Ok(Self { model, kernels, pool, activations })
     }
