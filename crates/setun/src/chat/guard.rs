@@ -14,7 +14,7 @@ use minijinja::machinery::ast::{
     Template, Test, Tuple, UnaryOp, UnaryOpKind, Var, WithBlock,
 };
 use minijinja::machinery::{Span, ast};
-use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::value::{Kwargs, StringInput, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State};
 
 /// Bytes of strings and lists that a rendering may make, and how many more for each byte of the conversation.
@@ -71,7 +71,8 @@ impl Budget {
         Self { made: of(MADE).into(), looked_at: of(LOOKED_AT).into(), limit: of(MADE) }
     }
 
-    fn make(&self, bytes: usize) -> Result<(), Error> {
+    /// Pays for bytes that are about to be made.
+    pub(super) fn make(&self, bytes: usize) -> Result<(), Error> {
         pay(&self.made, bytes, "makes")
     }
 
@@ -243,23 +244,24 @@ impl Budget {
         let budget = Arc::clone(self);
         environment.add_filter(
             "join",
-            move |state: &mut State, list: &Value, joiner: Option<&str>, attribute: Option<&str>, more: Kwargs| {
+            move |state: &mut State, list: &Value, joiner: Option<StringInput>, attribute: Option<&str>, more: Kwargs| {
                 let named: Option<&str> = if more.has("d") { more.peek("d")? } else { None };
-                budget.join(list, joiner.or(named).unwrap_or_default())?;
-                minijinja::filters::join(state, list, joiner.map(Into::into), attribute, more)
+                budget.join(list, joiner.as_ref().map(StringInput::as_str).or(named).unwrap_or_default())?;
+                minijinja::filters::join(state, list, joiner, attribute, more)
             },
         );
         let budget = Arc::clone(self);
         environment.add_filter(
             "indent",
-            move |text: &str, width: Option<usize>, first: Option<bool>, blank: Option<bool>, more: Kwargs| {
+            move |text: StringInput, width: Option<usize>, first: Option<bool>, blank: Option<bool>, more: Kwargs| {
                 let width = width.or(more.get("width")?).unwrap_or(4);
                 let first = first.or(more.get("first")?).unwrap_or(false);
                 let blank = blank.or(more.get("blank")?).unwrap_or(false);
                 more.assert_all_used()?;
-                budget.make((text.matches('\n').count() + 1).saturating_mul(width).saturating_add(text.len()))?;
+                let lines = text.as_str().matches('\n').count() + 1;
+                budget.make(lines.saturating_mul(width).saturating_add(text.as_str().len()))?;
                 let kwargs: Kwargs = std::iter::empty::<(&str, Value)>().collect();
-                minijinja::filters::indent(text.into(), Some(width), Some(first), Some(blank), kwargs)
+                minijinja::filters::indent(text, Some(width), Some(first), Some(blank), kwargs)
             },
         );
         let budget = Arc::clone(self);
@@ -288,7 +290,7 @@ impl Budget {
                 filter(state, list, count, fill)
             });
         }
-        environment.remove_function("debug");
+        environment.remove_global("debug");
 
         let budget = Arc::clone(self);
         environment.set_unknown_method_callback(move |state, value, method, args| {
@@ -563,7 +565,7 @@ fn expression<'a>(expr: &Expr<'a>) -> Result<Expr<'a>, Error> {
 /// A call; of a method, the receiver is read.
 fn call_of<'a>(c: &Call<'a>) -> Result<Call<'a>, Error> {
     let expr = match &c.expr {
-        Expr::GetAttr(method) if !matches!(method.expr, Expr::Var(_)) || method.name != "items" => {
+        Expr::GetAttr(method) => {
             let receiver = match &method.expr {
                 // `self` and `loop` are no values of the template's own.
                 Expr::Var(v) if matches!(v.id, "self" | "loop") => expression(&method.expr)?,
