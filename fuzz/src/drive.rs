@@ -1,7 +1,7 @@
 //! The library's entry points for foreign files, each driven through everything that loading a model does.
 //!
-//! Nothing is expected of the results: an input passes if no call panics, hangs or takes too much memory. The
-//! repository's own tests replay `regressions/` through these functions, so this file uses nothing of libFuzzer.
+//! Nothing is expected of the results: an input passes if no call panics, hangs or takes too much memory. What the
+//! functions return is how far they came: whether a model ran, a tokenizer was made, a template was rendered. The repository's own tests replay `regressions/` through these functions, so this file uses nothing of libFuzzer.
 
 use std::path::Path;
 
@@ -28,16 +28,16 @@ pub const NAMES: [&str; 10] = [
 ];
 
 /// A GGUF file.
-pub fn gguf(data: &[u8]) {
+pub fn gguf(data: &[u8]) -> bool {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("model.gguf");
     std::fs::write(&path, data).expect("room in the temporary folder");
-    open(&path);
+    open(&path)
 }
 
 /// A folder, or a lone safetensors file: input that starts with a number of [`NAMES`] is records of such a number, a
 /// little-endian u32 length, and as many bytes (or those that are left); any other is `model.safetensors`.
-pub fn safetensors(data: &[u8]) {
+pub fn safetensors(data: &[u8]) -> bool {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let write = |name: &str, bytes: &[u8]| {
         std::fs::write(folder.path().join(name), bytes).expect("room in the temporary folder");
@@ -52,11 +52,11 @@ pub fn safetensors(data: &[u8]) {
         write(NAMES[usize::from(*name) % NAMES.len()], &tail[..length]);
         rest = &tail[length..];
     }
-    open(folder.path());
+    open(folder.path())
 }
 
 /// A tokenizer: a GGUF file's, a tokenizer.json (by its brace), or a SentencePiece model.
-pub fn tokenizer_json(data: &[u8]) {
+pub fn tokenizer_json(data: &[u8]) -> bool {
     let tokenizer = match data {
         [b'G', b'G', b'U', b'F', ..] => {
             let folder = tempfile::tempdir().expect("a temporary folder");
@@ -67,28 +67,29 @@ pub fn tokenizer_json(data: &[u8]) {
         [b'{', ..] => Tokenizer::from_json_bytes(data),
         _ => Tokenizer::from_sentencepiece(data),
     };
-    if let Ok(tokenizer) = tokenizer {
+    tokenizer.is_ok_and(|tokenizer| {
         // Some of the input is text too, so that pieces of the vocabulary occur in it.
         let tail = String::from_utf8_lossy(&data[data.len().saturating_sub(200)..]).into_owned();
         use_tokenizer(&tokenizer, &["Once upon a  time, café 12345\n\n", "<s>[INST] 日本語 \u{1f600}\u{301}</s>", &tail]);
-    }
+        true
+    })
 }
 
 /// A chat template; after a zero byte, the messages as JSON.
-pub fn chat_template(data: &[u8]) {
+pub fn chat_template(data: &[u8]) -> bool {
     let mut parts = data.splitn(2, |&b| b == 0);
-    let Some(Ok(source)) = parts.next().map(std::str::from_utf8) else { return };
+    let Some(Ok(source)) = parts.next().map(std::str::from_utf8) else { return false };
     let given = parts.next().and_then(|json| serde_json::from_slice::<Vec<[String; 2]>>(json).ok());
     let messages = given.map_or_else(
         || vec![Message::new("system", "Be brief."), Message::new("user", "Hi\n"), Message::new("assistant", "<think>a</think>b")],
         |pairs| pairs.into_iter().map(|[role, content]| Message::new(role, content)).collect(),
     );
-    render(source, &messages);
+    render(source, &messages)
 }
 
 /// Everything about the model at `path` that `run`, `info` and `logits` ask for.
-fn open(path: &Path) {
-    let Ok(file) = Checkpoint::open(path) else { return };
+fn open(path: &Path) -> bool {
+    let Ok(file) = Checkpoint::open(path) else { return false };
     for info in file.tensors() {
         let Ok(tensor) = file.tensor(&info.name) else { continue };
         // One after another: each decoded form goes before the next is made.
@@ -104,14 +105,14 @@ fn open(path: &Path) {
         }
     }
     let _ = Recommended::of(&file);
-    let Ok(config) = ModelConfig::of(&file) else { return };
+    let Ok(config) = ModelConfig::of(&file) else { return false };
     let _ = setun::inspect::survey(&file, &config).map(drop);
     let vocabulary = config.vocab_size as u32;
     let options = EngineOptions { threads: Some(1), ..EngineOptions::default() };
-    let Ok(engine) = Engine::load(&file, config, &options) else { return };
+    let Ok(engine) = Engine::load(&file, config, &options) else { return false };
     let mut session = engine.session(KvType::F16, Some(4));
     let _ = session.feed(&[0, vocabulary.saturating_sub(1)]).map(drop);
-    let _ = session.feed(&[1]).map(drop);
+    session.feed(&[1]).is_ok()
 }
 
 fn use_tokenizer(tokenizer: &Tokenizer, texts: &[&str]) {
@@ -131,16 +132,16 @@ fn use_tokenizer(tokenizer: &Tokenizer, texts: &[&str]) {
     let _ = tokenizer.gguf_entries().map(drop);
 }
 
-fn render(source: &str, messages: &[Message]) {
-    let Ok(template) = ChatTemplate::new(source) else { return };
+fn render(source: &str, messages: &[Message]) -> bool {
+    let Ok(template) = ChatTemplate::new(source) else { return false };
     let tools = serde_json::json!({"tools": [{"name": "f", "parameters": {"a": [1, 2.5, null, true]}}]});
-    for add_generation_prompt in [true, false] {
+    [true, false].into_iter().all(|add_generation_prompt| {
         let context = Context {
             add_generation_prompt,
             bos_token: "<s>".into(),
             eos_token: "</s>".into(),
             extra: tools.as_object().cloned().unwrap_or_default(),
         };
-        let _ = template.render(messages, &context);
-    }
+        template.render(messages, &context).is_ok()
+    })
 }

@@ -60,7 +60,7 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 /// Runs `target` on `data` under the bound.
-pub fn within_bounds(data: &[u8], target: fn(&[u8])) {
+pub fn within_bounds(data: &[u8], target: fn(&[u8]) -> bool) {
     let limit = LIVE.load(Relaxed) + 2 * data.len() + (64 << 20);
     LIMIT.store(limit, Relaxed);
     target(data);
