@@ -37,7 +37,7 @@ def gguf(pairs, tensors):
     return head + b"".join(data + bytes(-len(data) % 32) for *_, data in tensors)
 
 
-def tiny_model(arch, kind, block, size, tail=0, tensor_scale=False):
+def tiny_model(arch, kind, block, size, tail):
     """One layer, 128 wide: small enough that mutations reach everything that loading does."""
     word, flt = (lambda v: struct.pack("<I", v)), (lambda v: struct.pack("<f", v))
     keys = {"context_length": 64, "embedding_length": 128, "block_count": 1, "feed_forward_length": 128,
@@ -49,9 +49,11 @@ def tiny_model(arch, kind, block, size, tail=0, tensor_scale=False):
     tensors = [("token_embd.weight", [128, 4], 1, bytes([0, 0x2c] * 512)), ("output_norm.weight", [128], 0, norm)]
     norms = ["attn_norm", "ffn_norm"] + (["attn_sub_norm", "ffn_sub_norm"] if arch.startswith("bitnet") else [])
     tensors += [(f"blk.0.{n}.weight", [128], 0, norm) for n in norms]
+    if arch == "qwen3":
+        tensors += [(f"blk.0.{n}.weight", [64], 0, norm[:256]) for n in ["attn_q_norm", "attn_k_norm"]]
     for name, rows in [("attn_q", 128), ("attn_k", 64), ("attn_v", 64), ("attn_output", 128),
                        ("ffn_gate", 128), ("ffn_up", 128), ("ffn_down", 128)]:
-        data = (bytes([0x3c] * size)[:size]) * (rows * 128 // block)
+        data = bytes([0x24] * size) * (rows * 128 // block)  # Codes 0, 1 and 2; a small scale.
         data += flt(0.5) + bytes(28) if tail else b""
         tensors.append((f"blk.0.{name}.weight", [128, rows], kind, data))
     return gguf(pairs, tensors)
