@@ -413,9 +413,28 @@ mod tests {
             format!("{{{{ {}1 }}}}", "1+".repeat(30_000)),
             format!("{{{{ {}'a' }}}}", "'a'~".repeat(15_000)),
             format!("{{% if 0 %}}{}{{% endif %}}", "{% elif 0 %}".repeat(5_000)),
+            format!("{{{{ {}x }}}}", "-".repeat(60_000)),
+            format!("{{{{ {}x }}}}", "not ".repeat(15_000)),
+            format!("{{{{ {}x }}}}", "2**".repeat(20_000)),
+            format!("{{{{ x{} }}}}", "**2".repeat(20_000)),
+            format!("{{{{ x{} }}}}", " and 1".repeat(10_000)),
+            format!("{{{{ x{} }}}}", "-1".repeat(30_000)),
+            format!("{{{{ x{} }}}}", "<1".repeat(30_000)),
+            format!("{{{{ x{} }}}}", "|list".repeat(12_000)),
+            format!("{{{{ x{} }}}}", ".a".repeat(30_000)),
+            format!("{{{{ x{} }}}}", " if 1 else x".repeat(5_000)),
+            format!("{{{{ {}1{} }}}}", "(".repeat(30_000), ")".repeat(30_000)),
+            format!("{{{{ {}1{} }}}}", "[".repeat(30_000), "]".repeat(30_000)),
+            format!("{}{}", "{% if 1 %}".repeat(3_000), "{% endif %}".repeat(3_000)),
+            format!("{}{}", "{% for a in [1] %}".repeat(2_000), "{% endfor %}".repeat(2_000)),
+            format!("{}{}", "{% macro f() %}".repeat(2_000), "{% endmacro %}".repeat(2_000)),
+            "{% set a = 1 %}".repeat(4_000),
         ];
         for source in deep {
+            let started = std::time::Instant::now();
             let _ = render(&source);
+            let took = started.elapsed();
+            assert!(took.as_secs() < 10, "{took:?}: {}", &source[..40]);
         }
         let error = render(&" ".repeat(MAX_SOURCE + 1)).unwrap_err().to_string();
         assert!(error.contains("at most"), "{error}");

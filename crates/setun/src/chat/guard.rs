@@ -19,12 +19,13 @@ use minijinja::{Environment, Error, ErrorKind, State};
 
 /// Bytes of strings and lists that a rendering may make, and how many more for each byte of the conversation.
 const MADE: (usize, usize) = (8 << 20, 64);
-/// Bytes that a rendering may look at. Comparing and searching take about a second for so many.
-const LOOKED_AT: (usize, usize) = (256 << 20, 1024);
+/// Bytes that a rendering may look at, by comparing, searching or counting.
+const LOOKED_AT: (usize, usize) = (64 << 20, 1024);
 /// What an element of a list counts.
 const ELEMENT: usize = 32;
-/// Most values in a list, those of lists inside included, and how deep these may be.
-const MAX_NODES: usize = 1 << 20;
+/// Most values in a list, those of lists inside included (and as many more as the conversation has bytes), and how deep
+/// these may be.
+const MAX_NODES: usize = 1 << 16;
 const MAX_DEPTH: usize = 64;
 /// Filters whose result is about as long as the text they are given; any other may take it apart into characters.
 const TEXT_FILTERS: [&str; 18] = [
@@ -37,11 +38,11 @@ const TEXT_FILTERS: [&str; 18] = [
 pub(super) struct Budget {
     made: AtomicUsize,
     looked_at: AtomicUsize,
-    limit: usize,
+    limit: Size,
 }
 
 /// The size of a value with all that is in it, what is in it twice counted twice.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Size {
     bytes: usize,
     nodes: usize,
@@ -68,7 +69,8 @@ impl Budget {
     /// For a conversation of so many bytes.
     pub(super) fn new(conversation: usize) -> Self {
         let of = |(base, each): (usize, usize)| conversation.saturating_mul(each).saturating_add(base);
-        Self { made: of(MADE).into(), looked_at: of(LOOKED_AT).into(), limit: of(MADE) }
+        let limit = Size { bytes: of(MADE), nodes: of((MAX_NODES, 1)) };
+        Self { made: of(MADE).into(), looked_at: of(LOOKED_AT).into(), limit }
     }
 
     /// Pays for bytes that are about to be made.
@@ -103,12 +105,12 @@ impl Budget {
                 if map {
                     self.add_size(&value.get_item(&item)?, depth + 1, size)?;
                 }
-                if size.nodes > MAX_NODES || size.bytes > self.limit {
+                if size.nodes > self.limit.nodes || size.bytes > self.limit.bytes {
                     break;
                 }
             }
         }
-        if size.nodes > MAX_NODES || size.bytes > self.limit {
+        if size.nodes > self.limit.nodes || size.bytes > self.limit.bytes {
             return Err(refused("the template makes a list that is too large"));
         }
         Ok(())
@@ -471,6 +473,18 @@ fn looked<'a>(how: &'static str, expr: &Expr<'a>) -> Result<Expr<'a>, Error> {
     })
 }
 
+/// An operand that the compiler does not try to compute: it would try again at every level of a nesting.
+fn unfolded<'a>(expr: &Expr<'a>) -> Result<Expr<'a>, Error> {
+    let (inner, span) = (expression(expr)?, expr.span());
+    Ok(match inner {
+        Expr::UnaryOp(_) | Expr::BinOp(_) => {
+            let test_expr = Expr::Const(at(ast::Const { value: Value::from(true) }, span));
+            Expr::IfExpr(at(IfExpr { test_expr, true_expr: inner, false_expr: None }, span))
+        }
+        other => other,
+    })
+}
+
 fn expression<'a>(expr: &Expr<'a>) -> Result<Expr<'a>, Error> {
     let span = expr.span();
     let kept = |expr| call("#keep", vec![expr], span);
@@ -491,7 +505,7 @@ fn expression<'a>(expr: &Expr<'a>) -> Result<Expr<'a>, Error> {
                 UnaryOpKind::Not => UnaryOpKind::Not,
                 UnaryOpKind::Neg => UnaryOpKind::Neg,
             };
-            Expr::UnaryOp(at(UnaryOp { op, expr: expression(&e.expr)? }, span))
+            Expr::UnaryOp(at(UnaryOp { op, expr: unfolded(&e.expr)? }, span))
         }
         Expr::BinOp(e) => {
             let paid = match e.op {
@@ -513,7 +527,7 @@ fn expression<'a>(expr: &Expr<'a>) -> Result<Expr<'a>, Error> {
                     | BinOpKind::Gte
                     | BinOpKind::In
             );
-            let side = |expr| if reads { looked("#look", expr) } else { expression(expr) };
+            let side = |expr| if reads { looked("#look", expr) } else { unfolded(expr) };
             Expr::BinOp(at(BinOp { op: e.op, left: side(&e.left)?, right: side(&e.right)? }, span))
         }
         Expr::Compare(e) => {
