@@ -94,7 +94,7 @@ struct Report {
     machine: Machine,
     model: ModelFacts,
     load_seconds: f64,
-    /// Before the machine's peaks are measured, which takes memory of its own.
+    /// Pages of mapped files left out; before the machine's peaks are measured, which takes memory of its own.
     peak_rss_bytes: Option<usize>,
     #[serde(flatten)]
     peaks: Peaks,
@@ -128,7 +128,7 @@ pub fn bench(args: BenchArgs) -> Result<()> {
     let threads = if args.threads.is_empty() { vec![physical_cores_allowed()] } else { args.threads.clone() };
     // Fetched before anything is drawn or measured.
     let model = args.model.as_deref().map(pull::local).transpose()?;
-    let busy = progress::spinner();
+    let (busy, memory) = (progress::spinner(), memory::Watch::start());
     let (mut results, mut first) = (Vec::new(), None);
     for kernels in kernels {
         for &threads in &threads {
@@ -143,7 +143,7 @@ pub fn bench(args: BenchArgs) -> Result<()> {
             let load_seconds = started.elapsed().as_secs_f64();
             let runs = measure::all(&engine, &args.plan(), &|what| busy.set_message(what));
             let runs = runs?;
-            let peak_rss_bytes = memory::peak_resident();
+            let peak_rss_bytes = memory.peak();
             busy.set_message("measuring the machine");
             let peaks = Peaks::measure(&engine);
             results.extend(runs.iter().map(|run| run.against(&peaks, engine.config(), args.activations)));
@@ -234,7 +234,8 @@ fn table(report: &Report) -> String {
         output::rate(report.peaks.float_gflop_per_s),
     );
     let memory = report.peak_rss_bytes.map_or("unknown".into(), output::bytes);
-    text += &format!("loaded in {:.2} s, peak memory {memory}\n\n", report.load_seconds);
+    text +=
+        &format!("loaded in {:.2} s, peak memory {memory} (mapped files left out)\n\n", report.load_seconds);
     text += "phase    tokens  kernel  threads     tok/s    median   share of limit\n";
     for r in &report.results {
         let limit = if r.phase == "decode" { "read bandwidth" } else { "arithmetic" };

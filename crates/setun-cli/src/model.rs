@@ -11,7 +11,7 @@ use setun::kv_cache::KvType;
 use setun::tokenizer::Tokenizer;
 use setun_kernels::Kernels;
 
-use crate::{default_model, pull};
+use crate::{default_model, progress, pull};
 
 /// What a file leaves open: the user's word, where the file's own evidence does not decide.
 #[derive(clap::Args, Debug, Clone, Copy)]
@@ -79,17 +79,26 @@ impl ComputeArgs {
     }
 }
 
+/// Loads, saying so while it takes.
+fn loading(file: &Checkpoint, config: ModelConfig, options: &EngineOptions) -> Result<Engine> {
+    let busy = progress::spinner();
+    busy.set_message(format!("loading {}", file.path().display()));
+    let engine = Engine::load(file, config, options);
+    busy.finish_and_clear();
+    Ok(engine?)
+}
+
 impl LoadArgs {
     /// The engine for an opened model, computing as the model defines unless asked otherwise.
     pub fn engine(&self, file: &Checkpoint) -> Result<Engine> {
-        Ok(Engine::load(file, ModelConfig::of(file)?, &self.compute.options())?)
+        loading(file, ModelConfig::of(file)?, &self.compute.options())
     }
 
     /// The engine for speed: int8 activations unless asked otherwise, which is said where the model defines float.
     pub fn fast_engine(&self, file: &Checkpoint) -> Result<Engine> {
         let config = ModelConfig::of(file)?;
         let options = fast(&config, self.compute.options());
-        Ok(Engine::load(file, config, &options)?)
+        loading(file, config, &options)
     }
 
     /// The tokenizer asked for, or the model's own.

@@ -151,6 +151,7 @@ pub fn run(args: RunArgs, started: Instant) -> Result<()> {
 
 fn start(mut args: RunArgs, started: Instant, read_stdin: bool) -> Result<()> {
     args.sampling.sampling(&args.sampling.asked()).validate()?;
+    let memory = memory::Watch::start();
     let talking = std::io::stdin().is_terminal() && args.prompt.is_none() && !args.raw && !args.json;
     if args.prompt.is_none() && read_stdin && !std::io::stdin().is_terminal() {
         // Text files end with a line end that is not meant as part of the prompt.
@@ -173,6 +174,7 @@ fn start(mut args: RunArgs, started: Instant, read_stdin: bool) -> Result<()> {
         tokenizer: &tokenizer,
         stop_ids: stop_ids(&engine, &tokenizer, args.ignore_eos),
         args: &args,
+        memory: &memory,
     };
     if talking && tokenizer.chat_template().is_some() {
         return chat::converse(speaker, session, sampling);
@@ -213,6 +215,7 @@ struct Speaker<'a> {
     tokenizer: &'a Tokenizer,
     stop_ids: Vec<u32>,
     args: &'a RunArgs,
+    memory: &'a memory::Watch,
 }
 
 /// One generation: what came out, and when it began.
@@ -262,7 +265,7 @@ impl Speaker<'_> {
                 "prefill_tokens_per_s": report.prefill_rate(),
                 "decode_tokens_per_s": report.decode_rate(),
                 "seconds_to_first_text": first.as_ref().map(Duration::as_secs_f64),
-                "peak_rss_bytes": memory::peak_resident(),
+                "peak_rss_bytes": self.memory.peak(),
                 "kernel": session.engine().kernels().name(),
                 "threads": session.engine().pool().threads(),
                 "activations": session.engine().activations().to_string(),
@@ -271,7 +274,7 @@ impl Speaker<'_> {
         if std::io::stdout().is_terminal() && !text.ends_with('\n') {
             output::print("\n")?;
         }
-        eprintln!("\n{}", summary(report, first, sampling));
+        eprintln!("\n{}", summary(report, first, sampling, self.memory.peak()));
         if report.stop == Stop::ContextFull {
             eprintln!(
                 "note: it stopped because the context of {} tokens is full",
@@ -335,7 +338,7 @@ fn stop_name(stop: Stop) -> &'static str {
 }
 
 /// The line under a text: what was read and written, how fast, in how much memory, by which seed.
-fn summary(report: &Report, first: Option<Duration>, sampling: &Sampling) -> String {
+fn summary(report: &Report, first: Option<Duration>, sampling: &Sampling, memory: Option<usize>) -> String {
     let mut parts = vec![
         format!("prompt {} tokens at {} tok/s", report.prompt_tokens, output::rate(report.prefill_rate())),
         // The first token comes with the prompt's logits, so one alone has no rate.
@@ -345,7 +348,7 @@ fn summary(report: &Report, first: Option<Duration>, sampling: &Sampling) -> Str
         },
     ];
     parts.extend(first.map(|first| format!("first text after {:.3} s", first.as_secs_f64())));
-    parts.extend(memory::peak_resident().map(|peak| format!("memory {}", output::bytes(peak))));
+    parts.extend(memory.map(|peak| format!("memory {}", output::bytes(peak))));
     if sampling.temperature > 0.0 {
         parts.push(format!("seed {}", sampling.seed));
     }

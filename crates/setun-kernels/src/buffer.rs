@@ -72,6 +72,24 @@ impl Buffer {
     }
 }
 
+/// Asks for huge pages for the whole pages inside `memory`, which pays where much is read again and again. A hint: only
+/// memory not touched yet gets them, and only where the system has them.
+#[cfg(feature = "std")]
+pub fn advise_huge_pages<T>(memory: &mut [T]) {
+    #[cfg(target_os = "linux")]
+    if size_of_val(memory) >= HUGE_PAGE {
+        const PAGE: usize = 1 << 16; // At least the system's own.
+        let bytes = memory.as_mut_ptr().cast::<u8>();
+        let first = bytes.align_offset(PAGE);
+        let len = (size_of_val(memory) - first) / PAGE * PAGE;
+        // SAFETY: whole pages inside memory that the caller holds exclusively, and advice that changes no contents; a
+        // refusal costs speed only.
+        unsafe { libc::madvise(bytes.add(first).cast(), len, libc::MADV_HUGEPAGE) };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = memory;
+}
+
 impl Drop for Buffer {
     fn drop(&mut self) {
         match self.origin {

@@ -37,6 +37,8 @@ pub mod gemm;
 pub mod peak;
 pub mod threads;
 
+#[cfg(feature = "std")]
+pub use buffer::advise_huge_pages;
 pub use kernels::Kernels;
 pub use matrix::{MatrixError, Scales, TernaryMatrix};
 pub use quant::Activations;

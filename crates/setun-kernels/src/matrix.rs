@@ -184,9 +184,10 @@ impl TernaryMatrix {
                 *last = *last & keep | ZERO_BYTE & !keep;
             }
         }
-        let count: usize = codes.iter().map(|&b| fourth_codes(b).count_ones() as usize).sum();
-        if count != 0 {
-            let byte = codes.iter().position(|&b| fourth_codes(b) != 0).expect("count > 0");
+        // Counted only where there are some: looking is several times faster than counting.
+        if codes.iter().fold(0, |found, &b| found | fourth_codes(b)) != 0 {
+            let count = codes.iter().map(|&b| fourth_codes(b).count_ones() as usize).sum();
+            let byte = codes.iter().position(|&b| fourth_codes(b) != 0).expect("there are some");
             let col =
                 byte % row_bytes * TRITS_PER_BYTE + fourth_codes(codes[byte]).trailing_zeros() as usize / 2;
             return Err(MatrixError::FourthCode { count, row: byte / row_bytes, col });

@@ -2,24 +2,29 @@
 //!
 //! A template is Jinja source from the model's files. It runs as `transformers` runs it (block trimming,
 //! loop controls, Python's string methods, `raise_exception`, `strftime_now`, unescaped `tojson`), with a
-//! budget of instructions and of output, since it comes from outside.
+//! budget of instructions and of what it makes and looks at (`guard`), since it comes from outside.
+
+mod guard;
 
 use crate::error::ModelError;
 use crate::tokenizer::Tokenizer;
+use guard::Budget;
+use minijinja::machinery::{CodeGenerator, Instructions, eval, make_string_output, parse};
+use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
-use minijinja::{Environment, Error, ErrorKind};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::io::Write;
+use std::sync::Arc;
 
-/// Instructions one rendering may execute. Real templates need a few hundred for each message.
-const FUEL: u64 = 10_000_000;
+/// Instructions one rendering may execute. Real templates need some hundreds for each message.
+const FUEL: u64 = 4_000_000;
 /// Bytes of a template. The longest in circulation have about 30 thousand.
 const MAX_SOURCE: usize = 64 << 10;
 /// Stack for parsing and rendering, which recurse as deep as a template nests: enough for [`MAX_SOURCE`] bytes of nesting.
 /// Only what is used takes memory.
 const STACK: usize = 512 << 20;
-/// Bytes one rendering may write.
-const MAX_OUTPUT: usize = 64 << 20;
 const NAME: &str = "chat_template";
 
 /// One message of a conversation.
@@ -38,10 +43,10 @@ impl Message {
     }
 }
 
-/// A parsed chat template.
-#[derive(Debug)]
+/// A chat template that was found to be valid.
+#[derive(Debug, Clone)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    source: String,
 }
 
 /// What a template sees beside the messages.
@@ -67,27 +72,8 @@ impl ChatTemplate {
             let what = format!("it has {} bytes, but at most {MAX_SOURCE} are accepted", source.len());
             return Err(ModelError::ChatTemplate { what });
         }
-        on_large_stack(|| Self::parse(source))
-    }
-
-    fn parse(source: &str) -> Result<Self, ModelError> {
-        let mut environment = Environment::new();
-        let syntax = minijinja::syntax::SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build()
-            .map_err(|error| failed(&error))?;
-        environment.set_syntax(syntax);
-        environment.set_fuel(Some(FUEL));
-        environment.set_recursion_limit(64);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", to_json);
-        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_function("strftime_now", |format: String| strftime(&format, unix_seconds()));
-        environment.add_template_owned(NAME, source.to_owned()).map_err(|error| failed(&error))?;
-        Ok(Self { environment })
+        on_large_stack(|| compile(source).map(drop).map_err(|error| failed(&error)))?;
+        Ok(Self { source: source.to_owned() })
     }
 
     /// Renders a conversation.
@@ -100,20 +86,46 @@ impl ChatTemplate {
     }
 
     fn render_here(&self, messages: &[Message], context: &Context) -> Result<String, ModelError> {
-        let template = self.environment.get_template(NAME).map_err(|error| failed(&error))?;
         let mut variables = context.extra.clone();
         let messages = serde_json::to_value(messages).unwrap_or_default();
         variables.insert("messages".to_owned(), messages);
         variables.insert("add_generation_prompt".to_owned(), context.add_generation_prompt.into());
         variables.insert("bos_token".to_owned(), context.bos_token.as_str().into());
         variables.insert("eos_token".to_owned(), context.eos_token.as_str().into());
-        let mut output = Bounded(Vec::new());
-        template
-            .render_captured_to(Value::from(Serde(&variables)), &mut output)
+        let conversation = serde_json::to_string(&variables).map_or(0, |json| json.len());
+        let environment = environment(&Arc::new(Budget::new(conversation)));
+        let mut text = String::new();
+        let (instructions, blocks) = compile(&self.source).map_err(|error| failed(&error))?;
+        let (variables, mut output) = (Value::from(Serde(&variables)), make_string_output(&mut text));
+        eval(&environment, &instructions, variables, &blocks, &mut output, AutoEscape::None)
             .map_err(|error| failed(&error))?;
-        String::from_utf8(output.0)
-            .map_err(|_| ModelError::ChatTemplate { what: "wrote invalid UTF-8".into() })
+        Ok(text)
     }
+}
+
+type Compiled<'a> = (Instructions<'a>, BTreeMap<&'a str, Instructions<'a>>);
+
+fn compile(source: &str) -> Result<Compiled<'_>, Error> {
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
+    let template = guard::rebuild(&parse(source, NAME, syntax)?)?;
+    let mut code = CodeGenerator::new(NAME, source);
+    code.compile_stmt(&template);
+    Ok(code.finish())
+}
+
+/// What a template can use, all of it paid for from `budget`.
+fn environment(budget: &Arc<Budget>) -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_fuel(Some(FUEL));
+    environment.set_recursion_limit(64);
+    environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment.add_function("strftime_now", |format: String| strftime(&format, unix_seconds()));
+    budget.install(&mut environment);
+    let budget = Arc::clone(budget);
+    environment.add_filter("tojson", move |value: &Value, options: Kwargs| to_json(value, options, &budget));
+    environment
 }
 
 /// Ids of a conversation in the model's own format, ready for its answer. BOS comes once, whether the
@@ -153,13 +165,12 @@ fn failed(error: &Error) -> ModelError {
     ModelError::ChatTemplate { what }
 }
 
-struct Bounded(Vec<u8>);
+/// Bytes that are paid for as they come.
+struct Bounded<'a>(Vec<u8>, &'a Budget);
 
-impl Write for Bounded {
+impl Write for Bounded<'_> {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        if self.0.len() + bytes.len() > MAX_OUTPUT {
-            return Err(std::io::Error::other(format!("more than {MAX_OUTPUT} bytes of output")));
-        }
+        self.1.make(bytes.len()).map_err(std::io::Error::other)?;
         self.0.extend_from_slice(bytes);
         Ok(bytes.len())
     }
@@ -170,11 +181,11 @@ impl Write for Bounded {
 }
 
 /// Python's `json.dumps(ensure_ascii=False)`; minijinja's own filter escapes for HTML.
-fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
+fn to_json(value: &Value, options: Kwargs, budget: &Budget) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let _: Option<bool> = options.get("ensure_ascii")?;
     options.assert_all_used()?;
-    let mut out = Vec::new();
+    let mut out = Bounded(Vec::new(), budget);
     let result = match indent {
         Some(width) => {
             let spaces = " ".repeat(width.min(16));
@@ -185,7 +196,7 @@ fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
     };
     let invalid = |error: String| Error::new(ErrorKind::InvalidOperation, format!("tojson: {error}"));
     result.map_err(|error| invalid(error.to_string()))?;
-    String::from_utf8(out).map(Value::from).map_err(|error| invalid(error.to_string()))
+    String::from_utf8(out.0).map(Value::from).map_err(|error| invalid(error.to_string()))
 }
 
 /// `{"a": 1, "b": [1, 2]}`: Python puts a space after commas and colons.
@@ -321,11 +332,99 @@ mod tests {
 
     #[test]
     fn endless_templates_are_stopped() {
-        let nested = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}";
+        let nested = "{% set r = range(9999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}";
         assert!(render(nested).unwrap_err().to_string().contains("fuel"));
-        let long = "{% set s = 'x' * 100000 %}{% for a in range(5000) %}{{ s }}{% endfor %}";
-        assert!(render(long).is_err());
         assert!(render("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}").is_err());
+    }
+
+    #[test]
+    fn templates_that_multiply_are_stopped_before_they_take_memory_or_time() {
+        let twice = |what: &str| {
+            format!("{{% set x = ['ab'] %}}{{% set s = 'ab' %}}{}{{{{ s }}}}{{{{ x }}}}", what.repeat(60))
+        };
+        let loops = |body: &str| {
+            format!("{{% set s = 'ab' * 100000 %}}{{% for i in range(99999) %}}{body}{{% endfor %}}")
+        };
+        let raw = "x".repeat(50_000);
+        for source in [
+            "{{ 'a' * 1000000000 }}".to_owned(),
+            "{{ 99999999 * 'a' }}".to_owned(),
+            "{{ [0] * 99999999 }}".to_owned(),
+            "{{ range(1000000000) }}".to_owned(),
+            "{{ 'a' | indent(1000000000, true) }}".to_owned(),
+            "{{ '%999999999d' | format(1) }}".to_owned(),
+            "{{ '%999999999d'.format(1) }}{{ '{:999999999}'.format(1) }}".to_owned(),
+            "{{ [1] | batch(1000000000, 2) }}".to_owned(),
+            "{{ 'x' | slice(1000000000, 2) }}".to_owned(),
+            twice("{% set s = s ~ s %}"),
+            twice("{% set s = s + s %}"),
+            twice("{% set s %}{{ s }}{{ s }}{% endset %}"),
+            twice("{% set s = s | replace('a', s) %}"),
+            twice("{% set s = s.replace('b', s) %}"),
+            twice("{% set s = (s, s) | join(s) %}"),
+            twice("{% set s = s.join([s, s]) %}"),
+            twice("{% set s = '%s%s' | format(s, s) %}"),
+            twice("{% set s = '{}{}'.format(s, s) %}"),
+            twice("{% set x = x + x %}"),
+            twice("{% set x = [x, x] %}"),
+            twice("{% set x = (x, x) %}"),
+            twice("{% set x = {'a': x, 'b': x} %}"),
+            twice("{% set x = x | map('replace', 'a', s) | list + x %}{% set s = s ~ s %}"),
+            format!(
+                "{{% set s = 'a' * 100000 %}}{{% set x = [{}] %}}{{{{ x | map('upper') | list }}}}",
+                "s, ".repeat(500)
+            ),
+            format!(
+                "{{% macro f(x) %}}{{{{ x }}}}{{{{ x }}}}{{% endmacro %}}{{{{ {}'ab'{} }}}}",
+                "f(".repeat(60),
+                ")".repeat(60)
+            ),
+            format!("{{% set s %}}{{% for i in range(99999) %}}{raw}{{% endfor %}}{{% endset %}}"),
+            loops("{{ s }}"),
+            loops("{% set t = s.split('a') %}"),
+            loops("{% set t = s | upper %}"),
+            loops("{% if s == s ~ '' %}{% endif %}"),
+            loops("{% if 'c' in s %}{% endif %}"),
+            loops("{% set t = s.find('c') %}"),
+            loops("{% set t = s[100] %}"),
+            loops("{% set t = s is eq s %}"),
+            loops("{% set t = s | list | sort %}"),
+        ] {
+            let started = std::time::Instant::now();
+            let result = render(&source);
+            let start: String = source.chars().take(80).collect();
+            assert!(result.is_err(), "{start}: {:?}", result.map(|text| text.len()));
+            assert!(started.elapsed().as_secs() < 10, "{start}: {:?}", started.elapsed());
+        }
+    }
+
+    #[test]
+    fn paying_for_operations_changes_no_result() {
+        for (source, expected) in [
+            (
+                "{{ 1 + 2 }} {{ 1 + 2.5 }} {{ 2 * 3 }} {{ 1.5 * 2 }} {{ true + 1 }} {{ 2 ** 10 }} {{ 7 // 2 }}",
+                "3 3.5 6 3.0 2 1024 3",
+            ),
+            ("{{ 'a' + 'b' ~ 1 ~ none ~ [1, 'x'] }}", "ab1None[1, 'x']"),
+            ("{{ ([1] + [2, 3]) | join('-') }} {{ (1,) + (2,) }} {{ 'ab' * 2 }}", "1-2-3 (1, 2) abab"),
+            (
+                "{{ [1, 2, 3] | map('string') | join }} {{ 'x\ny' | indent(2) }} {{ '%03d' | format(7) }}",
+                "123 x\n  y 007",
+            ),
+            ("{{ missing ~ 'a' }}{{ missing | default('d') }}{{ messages[0].content[::-1][:5] }}", "ad'uoy'"),
+            ("{% filter upper %}a{{ 'b' }}{% endfilter %}{% set t | trim %} c {% endset %}{{ t }}", "ABc"),
+            ("{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}{{ 'a,b'.split(',')[1] }}", "a1b"),
+            (
+                "{% macro f(x, y=2) %}{{ x }}{{ y }}{{ caller() }}{% endmacro %}{% call f(1) %}z{% endcall %}",
+                "12z",
+            ),
+            (
+                "{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}",
+                "123",
+            ),
+        ] {
+            assert_eq!(render(source).unwrap(), expected, "{source}");
+        }
     }
 
     #[test]
@@ -335,9 +434,28 @@ mod tests {
             format!("{{{{ {}1 }}}}", "1+".repeat(30_000)),
             format!("{{{{ {}'a' }}}}", "'a'~".repeat(15_000)),
             format!("{{% if 0 %}}{}{{% endif %}}", "{% elif 0 %}".repeat(5_000)),
+            format!("{{{{ {}x }}}}", "-".repeat(60_000)),
+            format!("{{{{ {}x }}}}", "not ".repeat(15_000)),
+            format!("{{{{ {}x }}}}", "2**".repeat(20_000)),
+            format!("{{{{ x{} }}}}", "**2".repeat(20_000)),
+            format!("{{{{ x{} }}}}", " and 1".repeat(10_000)),
+            format!("{{{{ x{} }}}}", "-1".repeat(30_000)),
+            format!("{{{{ x{} }}}}", "<1".repeat(30_000)),
+            format!("{{{{ x{} }}}}", "|list".repeat(12_000)),
+            format!("{{{{ x{} }}}}", ".a".repeat(30_000)),
+            format!("{{{{ x{} }}}}", " if 1 else x".repeat(5_000)),
+            format!("{{{{ {}1{} }}}}", "(".repeat(30_000), ")".repeat(30_000)),
+            format!("{{{{ {}1{} }}}}", "[".repeat(30_000), "]".repeat(30_000)),
+            format!("{}{}", "{% if 1 %}".repeat(3_000), "{% endif %}".repeat(3_000)),
+            format!("{}{}", "{% for a in [1] %}".repeat(2_000), "{% endfor %}".repeat(2_000)),
+            format!("{}{}", "{% macro f() %}".repeat(2_000), "{% endmacro %}".repeat(2_000)),
+            "{% set a = 1 %}".repeat(4_000),
         ];
         for source in deep {
+            let started = std::time::Instant::now();
             let _ = render(&source);
+            let took = started.elapsed();
+            assert!(took.as_secs() < 10, "{took:?}: {}", &source[..40]);
         }
         let error = render(&" ".repeat(MAX_SOURCE + 1)).unwrap_err().to_string();
         assert!(error.contains("at most"), "{error}");

@@ -60,7 +60,7 @@ impl Engine {
         weights.check_all_used()?;
         weights.check_scale_convention()?;
         let activations = options.activations.unwrap_or(config.activations());
-        let mut source = CpuSource::new(weights, kernels, &pool, activations);
+        let mut source = CpuSource::new(weights.on(&pool), kernels, &pool, activations);
         let model = Model::build(config.clone(), &mut source)?;
         Ok(Self { model, kernels, pool, activations })
     }

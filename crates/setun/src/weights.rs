@@ -11,6 +11,7 @@ use std::collections::HashSet;
 use setun_kernels::dense::{DenseData, DenseMatrix};
 use setun_kernels::matrix::{Scales, TernaryMatrix};
 use setun_kernels::quant;
+use setun_kernels::threads::Pool;
 
 use crate::config::{ActivationType, HeadOrder, ModelConfig, Numerics, RopeScaling, Storage, Ternary};
 use crate::error::ModelError;
@@ -44,12 +45,18 @@ impl Weight {
 pub struct Weights<'a> {
     file: &'a Checkpoint,
     config: &'a ModelConfig,
+    pool: Option<&'a Pool>,
 }
 
 impl<'a> Weights<'a> {
     /// Tensors of `file` for a model of shape `config`.
     pub fn new(file: &'a Checkpoint, config: &'a ModelConfig) -> Self {
-        Self { file, config }
+        Self { file, config, pool: None }
+    }
+
+    /// The same, decoded on all threads of `pool`.
+    pub fn on(self, pool: &'a Pool) -> Self {
+        Self { pool: Some(pool), ..self }
     }
 
     /// The model's shape and numerics.
@@ -87,9 +94,9 @@ impl<'a> Weights<'a> {
             _ => {
                 expect_shape(tensor, &[rows, cols])?;
                 if !tensor.info.encoding.is_ternary() {
-                    Weight::Dense(tensor.to_dense()?)
+                    Weight::Dense(self.dense(&tensor)?)
                 } else if self.config.activations() == ActivationType::Float {
-                    Weight::Ternary(tensor.to_ternary()?)
+                    Weight::Ternary(self.ternary_blocks(&tensor)?)
                 } else {
                     // A float layer by definition, whose values happen to be stored in few bits.
                     let dense = DenseMatrix::new(rows, cols, DenseData::F32(tensor.to_f32()?));
@@ -99,7 +106,7 @@ impl<'a> Weights<'a> {
         };
         self.file.release(&tensor.info);
         if let Some(heads) = self.interleaved_heads(name) {
-            let from: Vec<usize> = split_pair_rows(heads, self.config.rope.rotary_dim, rows, 1).collect();
+            let from: Vec<usize> = split_pair_rows(heads, self.config.rope.rotary_dim, rows).collect();
             return Ok(pick_rows(weight, &from));
         }
         Ok(match self.value_heads(name) {
@@ -131,7 +138,7 @@ impl<'a> Weights<'a> {
         }
         self.unfold(name, &mut values);
         if let Some(heads) = self.interleaved_heads(name) {
-            let rows = split_pair_rows(heads, self.config.rope.rotary_dim, len, 1);
+            let rows = split_pair_rows(heads, self.config.rope.rotary_dim, len);
             values = rows.map(|row| values[row]).collect();
         }
         if let Some(scale) = self.bias_scale(name)? {
@@ -204,6 +211,14 @@ impl<'a> Weights<'a> {
         }
     }
 
+    fn dense(&self, tensor: &Tensor) -> Result<DenseMatrix, ModelError> {
+        self.pool.map_or_else(|| tensor.to_dense(), |pool| tensor.to_dense_on(pool))
+    }
+
+    fn ternary_blocks(&self, tensor: &Tensor) -> Result<TernaryMatrix, ModelError> {
+        self.pool.map_or_else(|| tensor.to_ternary(), |pool| tensor.to_ternary_on(pool))
+    }
+
     fn ternary(
         &self,
         tensor: &Tensor,
@@ -222,12 +237,12 @@ impl<'a> Weights<'a> {
                 expect_shape(tensor, &[rows, cols])?;
                 let extra = self.gguf_scale(&self.stored_name(name))?;
                 if tensor.info.encoding.is_ternary() {
-                    let matrix = tensor.to_ternary()?;
+                    let matrix = self.ternary_blocks(tensor)?;
                     return Ok(Weight::Ternary(rescale(matrix, extra, name)?));
                 }
                 // A plain Llama may leave some layers in float; a BitNet holds copies of ternary values.
                 if !self.config.sub_norms && extra.is_none() {
-                    return Ok(Weight::Dense(tensor.to_dense()?));
+                    return Ok(Weight::Dense(self.dense(tensor)?));
                 }
                 return Self::recognise(tensor, extra);
             }
@@ -644,14 +659,9 @@ fn rescale(matrix: TernaryMatrix, extra: Option<f32>, name: &str) -> Result<Tern
 
 /// For each row in half-split order, the row that holds it in neighbouring-pair order: inside a head of `d` rows, pair `j`
 /// is rows `2j` and `2j + 1` there, `j` and `j + r/2` here, `r` being the `rotary` rows that rotate; the rest stay.
-pub(crate) fn split_pair_rows(
-    heads: usize,
-    rotary: usize,
-    rows: usize,
-    width: usize,
-) -> impl Iterator<Item = usize> {
+pub(crate) fn split_pair_rows(heads: usize, rotary: usize, rows: usize) -> impl Iterator<Item = usize> {
     let d = rows / heads.max(1);
-    (0..rows).flat_map(move |row| {
+    (0..rows).map(move |row| {
         let (head, at) = (row / d, row % d);
         let half = rotary.min(d) / 2;
         let from = match at {
@@ -659,8 +669,7 @@ pub(crate) fn split_pair_rows(
             _ if at < 2 * half => 2 * (at - half) + 1,
             _ => at,
         };
-        let from = head * d + from;
-        from * width..(from + 1) * width
+        head * d + from
     })
 }
 
@@ -690,13 +699,12 @@ mod tests {
 
     #[test]
     fn pairs_are_split_inside_each_head() {
-        assert_eq!(split_pair_rows(2, 4, 8, 1).collect::<Vec<_>>(), [0, 2, 1, 3, 4, 6, 5, 7]);
-        assert_eq!(split_pair_rows(1, 4, 4, 2).collect::<Vec<_>>(), [0, 1, 4, 5, 2, 3, 6, 7]);
+        assert_eq!(split_pair_rows(2, 4, 8).collect::<Vec<_>>(), [0, 2, 1, 3, 4, 6, 5, 7]);
     }
 
     #[test]
     fn rows_that_do_not_rotate_stay_where_they_are() {
-        let rows: Vec<usize> = split_pair_rows(2, 4, 12, 1).collect();
+        let rows: Vec<usize> = split_pair_rows(2, 4, 12).collect();
         assert_eq!(rows, [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]);
     }
 }

@@ -146,7 +146,10 @@ mod tests {
         let bytes: Vec<u8> = (0..rows * width + 5).map(|i| i as u8).collect();
         for rotary in [8, 4] {
             let stored = interleave(&bytes, rows, heads, rotary, 5);
-            let back: Vec<u8> = split_pair_rows(heads, rotary, rows, width).map(|i| stored[i]).collect();
+            let back: Vec<u8> = split_pair_rows(heads, rotary, rows)
+                .flat_map(|row| &stored[row * width..][..width])
+                .copied()
+                .collect();
             assert_eq!(back, bytes[..rows * width]);
             assert_eq!(stored[rows * width..], bytes[rows * width..]);
             assert_ne!(stored, bytes);

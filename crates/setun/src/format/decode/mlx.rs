@@ -46,7 +46,7 @@ pub fn mlx_to_ternary(
     }
     let mut codes = packed.data.to_vec();
     let (stored, offsets) = (scales.to_f32()?, biases.to_f32()?);
-    let mut collected = ScaleCollector::new(stored.len());
+    let mut collected = ScaleCollector::default();
     let groups = codes.chunks_exact_mut(group / 4).zip(stored.iter().zip(&offsets));
     for (index, (codes, (&scale, &bias))) in groups.enumerate() {
         if bias != -scale || !scale.is_finite() {

@@ -14,9 +14,12 @@ mod ternary_blocks;
 use std::borrow::Cow;
 use std::ops::Range;
 
+use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
+use setun_kernels::advise_huge_pages;
 use setun_kernels::dense::{DenseData, DenseMatrix};
 use setun_kernels::matrix::{Scales, TernaryMatrix};
+use setun_kernels::threads::Pool;
 
 pub(crate) use fake_quant::Sample;
 pub use hf_packed::{ScaleConvention, hf_packed_to_ternary};
@@ -62,6 +65,24 @@ fn negate(codes: &mut [u8]) {
 
 fn f16_at(bytes: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+}
+
+/// Bytes of decoded weights that a thread makes at a time, about.
+const CHUNK: usize = 1 << 18;
+
+/// `convert` of every `N` bytes, in memory that is touched by the threads that fill it only.
+fn numbers<const N: usize, T: Copy + Default + Send>(
+    data: &[u8],
+    mut out: Vec<T>,
+    convert: impl Fn([u8; N]) -> T + Sync,
+    pool: &Pool,
+) -> Vec<T> {
+    advise_huge_pages(&mut out);
+    pool.run_chunks_mut(&mut out, CHUNK, |chunk, out| {
+        let stored = data[chunk * CHUNK * N..].as_chunks::<N>().0;
+        out.iter_mut().zip(stored).for_each(|(out, &bytes)| *out = convert(bytes));
+    });
+    out
 }
 
 /// Decodes blocks of `B` bytes into `N` floats each.
@@ -202,17 +223,26 @@ impl Tensor<'_> {
     /// # Errors
     /// [`ModelError::Tensor`] if it is no matrix or no float type.
     pub fn to_dense(&self) -> Result<DenseMatrix, ModelError> {
+        self.to_dense_on(&Pool::new(1))
+    }
+
+    /// [`to_dense`](Self::to_dense) on all threads of `pool`.
+    ///
+    /// # Errors
+    /// As [`to_dense`](Self::to_dense).
+    pub fn to_dense_on(&self, pool: &Pool) -> Result<DenseMatrix, ModelError> {
         self.check_len()?;
         let (rows, cols) = self.matrix_shape()?;
         let data = &*self.data;
+        // Zeros of plain integers are memory that the system gives untouched; those of `f16` would be written first.
+        let halves = || numbers(data, vec![0u16; data.len() / 2], u16::from_le_bytes, pool);
         let data = match &self.info.encoding {
-            Encoding::F16 => {
-                DenseData::F16(data.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b)).collect())
+            Encoding::F16 => DenseData::F16(halves().reinterpret_into::<f16>()),
+            Encoding::BF16 => DenseData::BF16(halves().reinterpret_into::<bf16>()),
+            Encoding::Q8_0 => DenseData::Q8_0(numbers(data, vec![0u8; data.len()], |[b]| b, pool)),
+            Encoding::F32 => {
+                DenseData::F32(numbers(data, vec![0f32; data.len() / 4], f32::from_le_bytes, pool))
             }
-            Encoding::BF16 => {
-                DenseData::BF16(data.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b)).collect())
-            }
-            Encoding::Q8_0 => DenseData::Q8_0(data.to_vec()),
             encoding if encoding.is_float() => DenseData::F32(self.to_f32()?),
             encoding => return Err(self.error(format!("is {encoding}, but a float matrix is expected"))),
         };
@@ -229,6 +259,14 @@ impl Tensor<'_> {
     /// [`ModelError::Tensor`] if it is no matrix or not ternary, has a scale that is no finite number, or
     /// codes that are no trit (with their count).
     pub fn to_ternary(&self) -> Result<TernaryMatrix, ModelError> {
+        self.to_ternary_on(&Pool::new(1))
+    }
+
+    /// [`to_ternary`](Self::to_ternary) on all threads of `pool`.
+    ///
+    /// # Errors
+    /// As [`to_ternary`](Self::to_ternary).
+    pub fn to_ternary_on(&self, pool: &Pool) -> Result<TernaryMatrix, ModelError> {
         self.check_len()?;
         let (rows, cols) = self.matrix_shape()?;
         let (codes, scales) = match &self.info.encoding {
@@ -238,16 +276,21 @@ impl Tensor<'_> {
             }
             encoding @ (Encoding::I2S | Encoding::I2SNeon | Encoding::I2SRows4) => {
                 let (stored, tail) = self.data.split_at(self.data.len() - 32);
+                let row_bytes = cols.div_ceil(4).max(1);
                 let mut codes = vec![0; rows * cols.div_ceil(4)];
-                match encoding {
-                    Encoding::I2S => ternary_blocks::i2_s(stored, &mut codes),
-                    Encoding::I2SNeon => ternary_blocks::i2_s_neon(stored, &mut codes),
-                    _ => ternary_blocks::i2_s_rows4(stored, cols, &mut codes),
-                }
+                // A multiple of the four rows that may be interleaved, of `4 * rows` stored columns.
+                let rows = 4 * (CHUNK / (4 * row_bytes)).max(1);
+                pool.run_chunks_mut(&mut codes, rows * row_bytes, |chunk, codes| match encoding {
+                    Encoding::I2S => ternary_blocks::i2_s(&stored[chunk * rows * row_bytes..], codes),
+                    Encoding::I2SNeon => {
+                        ternary_blocks::i2_s_neon(&stored[chunk * rows * row_bytes..], codes)
+                    }
+                    _ => ternary_blocks::i2_s_rows4(&stored[chunk * rows / 4 * cols..], cols, codes),
+                });
                 self.one_scale(codes, tail)?
             }
             encoding => match Unit::of(encoding, cols) {
-                Some(unit) => self.unit_scales(&unit, rows, cols)?,
+                Some(unit) => self.unit_scales(&unit, rows, cols, pool)?,
                 None => {
                     let what = format!("is {encoding}, but a ternary tensor is expected");
                     return Err(self.error(what));
@@ -292,34 +335,55 @@ impl Tensor<'_> {
     }
 
     /// Canonical codes and scales of a type with a scale per block or row.
-    fn unit_scales(&self, unit: &Unit, rows: usize, cols: usize) -> Result<(Vec<u8>, Scales), ModelError> {
+    fn unit_scales(
+        &self,
+        unit: &Unit,
+        rows: usize,
+        cols: usize,
+        pool: &Pool,
+    ) -> Result<(Vec<u8>, Scales), ModelError> {
         let mut codes = vec![0u8; rows * cols / 4];
-        let mut scales = ScaleCollector::new(self.data.len() / unit.bytes);
-        let outs = codes.chunks_exact_mut((unit.weights / 4).max(1));
-        for (index, (stored, codes)) in self.data.chunks_exact(unit.bytes).zip(outs).enumerate() {
-            let d = unit.read(stored, codes);
-            if !d.is_finite() {
-                let what = format!("{} {index} has scale {d}, which is no finite number", unit.name);
-                return Err(self.error(what));
+        let units = (CHUNK / unit.bytes).max(1);
+        let outs = codes.chunks_mut((units * unit.weights / 4).max(1));
+        let mut parts: Vec<_> = self
+            .data
+            .chunks(units * unit.bytes)
+            .zip(outs)
+            .map(|piece| (piece, Ok(ScaleCollector::default())))
+            .collect();
+        pool.run_items(parts.iter_mut().collect(), |_, ((stored, codes), found)| {
+            let mut scales = ScaleCollector::default();
+            let outs = codes.chunks_exact_mut((unit.weights / 4).max(1));
+            for (index, (stored, codes)) in stored.chunks_exact(unit.bytes).zip(outs).enumerate() {
+                let d = unit.read(stored, codes);
+                if !d.is_finite() {
+                    *found = Err((index, d));
+                    return;
+                }
+                scales.push(d, codes);
             }
-            scales.push(d, codes);
+            *found = Ok(scales);
+        });
+        let mut scales = ScaleCollector::default();
+        for (part, (_, found)) in parts.into_iter().enumerate() {
+            scales.append(found.map_err(|(index, d)| {
+                let index = part * units + index;
+                self.error(format!("{} {index} has scale {d}, which is no finite number", unit.name))
+            })?);
         }
         Ok((codes, scales.finish(unit.weights, cols)))
     }
 }
 
 /// Scales of consecutive weights of a row, in the form that matrices are to have.
+#[derive(Default)]
 struct ScaleCollector {
     values: Vec<f32>,
     common: Option<f32>,
-    uniform: bool,
+    mixed: bool,
 }
 
 impl ScaleCollector {
-    fn new(count: usize) -> Self {
-        Self { values: Vec::with_capacity(count), common: None, uniform: true }
-    }
-
     /// Takes the next scale, a finite number, and makes its weights' canonical codes what they are under one
     /// that is not negative.
     fn push(&mut self, scale: f32, codes: &mut [u8]) {
@@ -330,16 +394,25 @@ impl ScaleCollector {
         if scale == 0.0 {
             codes.fill(ZEROS);
         } else if codes.iter().any(|&byte| byte != ZEROS) {
-            self.uniform &= *self.common.get_or_insert(scale) == scale;
+            self.mixed |= *self.common.get_or_insert(scale) != scale;
         }
         self.values.push(scale);
+    }
+
+    /// Takes the scales that another collector was given after this one's.
+    fn append(&mut self, other: Self) {
+        self.mixed |= other.mixed;
+        if let Some(scale) = other.common {
+            self.mixed |= *self.common.get_or_insert(scale) != scale;
+        }
+        self.values.extend(other.values);
     }
 
     /// The scales of a matrix of `cols` columns, one having been given for every `weights` of a row.
     fn finish(self, weights: usize, cols: usize) -> Scales {
         match self.common {
-            _ if !self.uniform && weights == cols => Scales::Row(self.values),
-            _ if !self.uniform => Scales::Block { rows: 1, cols: weights, values: self.values },
+            _ if self.mixed && weights == cols => Scales::Row(self.values),
+            _ if self.mixed => Scales::Block { rows: 1, cols: weights, values: self.values },
             Some(scale) => Scales::Tensor(scale),
             None => Scales::Tensor(1.0), // All weights are 0: any scale is right, and 1 can be divided by.
         }

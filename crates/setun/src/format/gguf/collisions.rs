@@ -51,7 +51,8 @@ pub(super) fn decide(
     // The 4.5-bit types that left the format.
     let older =
         |s: &Span| s.takes(s.shape.iter().product::<usize>().checked_div(32).map(|n| n * 18), alignment);
-    let tiles = "tile sizes are not in the file";
+    // docs/format.md says what would have to be known.
+    let tiles = "tile sizes (BM, BY and bm for each shape) are not in the file";
     Ok(match id {
         I2_S => return i2_s(spans, alignment, options.i2s, older),
         TL1 if spans.iter().all(older) => {
