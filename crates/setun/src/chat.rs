@@ -4,9 +4,16 @@
 //! loop controls, Python's string methods, `raise_exception`, `strftime_now`, unescaped `tojson`), with a
 //! budget of instructions and of output, since it comes from outside.
 
+mod conversation;
+mod python;
+mod thinking;
+
+pub use conversation::{Chat, Prompt, TurnEnd};
+pub use thinking::{Part, Splitter, Tags};
+
 use crate::error::ModelError;
 use crate::tokenizer::Tokenizer;
-use minijinja::value::{Kwargs, Serde, Value};
+use minijinja::value::{Serde, Value};
 use minijinja::{Environment, Error, ErrorKind};
 use serde::Serialize;
 use std::io::Write;
@@ -80,13 +87,22 @@ impl ChatTemplate {
         environment.set_syntax(syntax);
         environment.set_fuel(Some(FUEL));
         environment.set_recursion_limit(64);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", to_json);
+        environment.set_unknown_method_callback(|state, value, method, args| {
+            match python::method(value, method, args) {
+                Some(value) => Ok(value),
+                None => minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args),
+            }
+        });
+        environment.set_formatter(|out, _, value| Ok(out.write_str(&python::text(value)?)?));
+        environment.add_filter("string", |value: &Value| python::text(value));
+        environment.add_filter("tojson", python::to_json);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_function("strftime_now", |format: String| strftime(&format, unix_seconds()));
-        environment.add_template_owned(NAME, source.to_owned()).map_err(|error| failed(&error))?;
+        environment
+            .add_template_owned(NAME, without_generation_tags(source))
+            .map_err(|error| failed(&error))?;
         Ok(Self { environment })
     }
 
@@ -116,23 +132,25 @@ impl ChatTemplate {
     }
 }
 
-/// Ids of a conversation in the model's own format, ready for its answer. BOS comes once, whether the
-/// template writes it or the tokenizer adds it.
+/// Ids of a conversation by the model's own template, ready for its answer: [`Chat`] in one step.
 ///
 /// # Errors
 /// [`ModelError::ChatTemplate`] if the model has no template or it fails; [`ModelError::Tokenizer`].
 pub fn encode_chat(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>, ModelError> {
-    let source = tokenizer.chat_template().ok_or_else(|| ModelError::ChatTemplate {
+    let chat = Chat::of(tokenizer, None, None)?.ok_or_else(|| ModelError::ChatTemplate {
         what: "the model has none; give a plain prompt instead of a conversation".to_owned(),
     })?;
-    let text = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id)).unwrap_or_default();
-    let context = Context {
-        add_generation_prompt: true,
-        bos_token: text(tokenizer.bos()),
-        eos_token: text(tokenizer.eos_ids().first().copied()),
-        extra: serde_json::Map::new(),
-    };
-    tokenizer.encode_prompt(&ChatTemplate::new(source)?.render(messages, &context)?)
+    Ok(chat.prompt(messages, None)?.ids)
+}
+
+/// `{% generation %}` marks for trainers what the model wrote; here it is a block like any other.
+fn without_generation_tags(source: &str) -> String {
+    let tag = regex::Regex::new(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})").expect("a valid pattern");
+    tag.replace_all(source, |found: &regex::Captures| {
+        let block = if found.get(2).is_some() { "endwith" } else { "with" };
+        format!("{}{block}{}", &found[1], &found[3])
+    })
+    .into_owned()
 }
 
 fn on_large_stack<T: Send>(work: impl FnOnce() -> Result<T, ModelError> + Send) -> Result<T, ModelError> {
@@ -166,42 +184,6 @@ impl Write for Bounded {
 
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
-    }
-}
-
-/// Python's `json.dumps(ensure_ascii=False)`; minijinja's own filter escapes for HTML.
-fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    let _: Option<bool> = options.get("ensure_ascii")?;
-    options.assert_all_used()?;
-    let mut out = Vec::new();
-    let result = match indent {
-        Some(width) => {
-            let spaces = " ".repeat(width.min(16));
-            let style = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, style))
-        }
-        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, PythonStyle)),
-    };
-    let invalid = |error: String| Error::new(ErrorKind::InvalidOperation, format!("tojson: {error}"));
-    result.map_err(|error| invalid(error.to_string()))?;
-    String::from_utf8(out).map(Value::from).map_err(|error| invalid(error.to_string()))
-}
-
-/// `{"a": 1, "b": [1, 2]}`: Python puts a space after commas and colons.
-struct PythonStyle;
-
-impl serde_json::ser::Formatter for PythonStyle {
-    fn begin_array_value<W: ?Sized + Write>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
-    }
-
-    fn begin_object_key<W: ?Sized + Write>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: ?Sized + Write>(&mut self, out: &mut W) -> std::io::Result<()> {
-        out.write_all(b": ")
     }
 }
 
@@ -247,18 +229,39 @@ fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
             Some('A') => day_name.to_owned(),
             Some('a') => day_name[..3].to_owned(),
             Some('H') => format!("{:02}", second / 3600),
+            Some('I') => format!("{:02}", (second / 3600 + 11) % 12 + 1),
+            Some('p') => if second < 43_200 { "AM" } else { "PM" }.to_owned(),
             Some('M') => format!("{:02}", second / 60 % 60),
             Some('S') => format!("{:02}", second % 60),
             Some('F') => format!("{year}-{month:02}-{day:02}"),
+            Some('T') => format!("{:02}:{:02}:{:02}", second / 3600, second / 60 % 60, second % 60),
+            Some('e') => format!("{day:>2}"),
+            Some('j') => format!("{:03}", days - days_before(year) + 1),
+            // Without leading zeros, as the C library underneath Python has it.
+            Some('-') => match codes.next() {
+                Some('d') => day.to_string(),
+                Some('m') => month.to_string(),
+                Some('H') => (second / 3600).to_string(),
+                Some('I') => ((second / 3600 + 11) % 12 + 1).to_string(),
+                other => {
+                    return Err(unknown_code(&format!("-{}", other.map(String::from).unwrap_or_default())));
+                }
+            },
             Some('%') => "%".to_owned(),
-            other => {
-                let code = other.map(String::from).unwrap_or_default();
-                let what = format!("strftime_now does not know `%{code}`");
-                return Err(Error::new(ErrorKind::InvalidOperation, what));
-            }
+            other => return Err(unknown_code(&other.map(String::from).unwrap_or_default())),
         };
     }
     Ok(out)
+}
+
+fn unknown_code(code: &str) -> Error {
+    Error::new(ErrorKind::InvalidOperation, format!("strftime_now does not know `%{code}`"))
+}
+
+/// Days from 1970-01-01 to the first of January of `year`.
+fn days_before(year: u64) -> u64 {
+    let leap_days = |year: u64| year / 4 - year / 100 + year / 400;
+    (year - 1970) * 365 + leap_days(year - 1) - leap_days(1969)
 }
 
 /// Year, month (1–12) and day of a day count since 1970-01-01, in the Gregorian calendar.
@@ -348,6 +351,8 @@ mod tests {
         assert_eq!(strftime("%d %b %Y %A %H:%M:%S", 0).unwrap(), "01 Jan 1970 Thursday 00:00:00");
         assert_eq!(strftime("%Y-%m-%d %a", 951_827_696).unwrap(), "2000-02-29 Tue");
         assert_eq!(strftime("%F %%", 4_107_542_399).unwrap(), "2100-02-28 %");
-        assert!(strftime("%Q", 0).is_err());
+        assert_eq!(strftime("%-d %e %I %p %j %T", 951_827_696).unwrap(), "29 29 12 PM 060 12:34:56");
+        assert_eq!(strftime("%-I%p %j", 1_735_603_200).unwrap(), "12AM 366");
+        assert!(strftime("%Q", 0).is_err() && strftime("%-", 0).is_err());
     }
 }

@@ -6,9 +6,11 @@
 mod gguf;
 mod huggingface;
 mod known;
+mod provenance;
 mod rope;
 mod rotation;
 
+pub use provenance::{Fact, Origin};
 pub use rope::{Rope, RopeScaling, RopeTable};
 pub use rotation::Rotation;
 
