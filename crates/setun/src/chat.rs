@@ -106,16 +106,20 @@ impl ChatTemplate {
         Ok(Self { environment })
     }
 
-    /// Renders a conversation.
+    /// Renders a conversation: of [`Message`]s, or of JSON objects with whatever else a template reads (`tool_calls`).
     ///
     /// # Errors
     /// [`ModelError::ChatTemplate`] with the template's own complaint (`raise_exception`: roles that do not
     /// alternate, say), or when it runs too long or writes too much.
-    pub fn render(&self, messages: &[Message], context: &Context) -> Result<String, ModelError> {
+    pub fn render<M: Serialize + Sync>(
+        &self,
+        messages: &[M],
+        context: &Context,
+    ) -> Result<String, ModelError> {
         on_large_stack(|| self.render_here(messages, context))
     }
 
-    fn render_here(&self, messages: &[Message], context: &Context) -> Result<String, ModelError> {
+    fn render_here<M: Serialize>(&self, messages: &[M], context: &Context) -> Result<String, ModelError> {
         let template = self.environment.get_template(NAME).map_err(|error| failed(&error))?;
         let mut variables = context.extra.clone();
         let messages = serde_json::to_value(messages).unwrap_or_default();

@@ -56,7 +56,7 @@ pub struct Group {
 pub struct Spread {
     /// The smallest above zero; 0 if there is none.
     pub min: f32,
-    /// As many are smaller as are larger.
+    /// As many are smaller as are larger; the mean of the middle two of an even number.
     pub median: f32,
     /// The largest.
     pub max: f32,
@@ -393,8 +393,12 @@ impl Spread {
         if values.is_empty() {
             return Self { min: 0.0, median: 0.0, max: 0.0 };
         }
-        let middle = values.len() / 2;
-        let median = *values.select_nth_unstable_by(middle, f32::total_cmp).1;
+        let (even, middle) = (values.len().is_multiple_of(2), values.len() / 2);
+        let (below, &mut middle, _) = values.select_nth_unstable_by(middle, f32::total_cmp);
+        let median = match below.iter().copied().reduce(f32::max).filter(|_| even) {
+            Some(below) => below + (middle - below) / 2.0,
+            None => middle,
+        };
         let (min, max) = values.iter().fold((f32::MAX, 0f32), |(a, b), &v| (a.min(v), b.max(v)));
         Self { min, median, max }
     }

@@ -124,8 +124,8 @@ fn picture<'a>(name: &str, kinds: &[Kind], svg: &'a mut String) -> Drawn<'a> {
         x += 56;
     }
     area.draw(&Text::new("of all weights, by layer", (x, 41), font(14)))?;
-    let right = "scales by layer: smallest to largest, dot: median (float: root mean square to largest)";
-    area.draw(&Text::new(right, (530, 41), font(11)))?;
+    let right = "scales, smallest to largest; dot: median (float: root mean square to largest)";
+    area.draw(&Text::new(right, (490, 41), font(13)))?;
     let (_, rest) = area.split_vertically(HEAD);
     let (rows, foot) = rest.split_vertically(ROW * kinds.len() as u32);
     for (kind, row) in kinds.iter().zip(rows.split_evenly((kinds.len(), 1))) {
@@ -143,8 +143,15 @@ fn picture<'a>(name: &str, kinds: &[Kind], svg: &'a mut String) -> Drawn<'a> {
     area.present()
 }
 
-fn last_layer(kind: &Kind) -> f64 {
-    kind.layers.keys().next_back().map_or(1.0, |&n| n as f64 + 1.0)
+/// The axis of layers, each in the middle of its place.
+fn layers(kind: &Kind) -> std::ops::Range<f64> {
+    -0.5..kind.layers.keys().next_back().map_or(0.0, |&n| n as f64) + 0.5
+}
+
+/// Whole numbers only: there is no layer between two.
+fn layer_label(kind: &Kind, x: f64) -> String {
+    let whole = (x - x.round()).abs() < 1e-6 && kind.layers.len() > 1;
+    if whole { format!("{:.0}", x.abs()) } else { String::new() }
 }
 
 fn shares<'a>(kind: &Kind, area: &Area<'a>) -> Drawn<'a> {
@@ -152,13 +159,13 @@ fn shares<'a>(kind: &Kind, area: &Area<'a>) -> Drawn<'a> {
         .margin(6)
         .x_label_area_size(18)
         .y_label_area_size(44)
-        .build_cartesian_2d(0.0..last_layer(kind), 0.0..1.0)?;
+        .build_cartesian_2d(layers(kind), 0.0..1.0)?;
     chart
         .configure_mesh()
         .disable_mesh()
         .x_labels(8)
         .y_labels(3)
-        .x_label_formatter(&|x| format!("{x:.0}"))
+        .x_label_formatter(&|&x| layer_label(kind, x))
         .y_label_formatter(&|y| format!("{:.0} %", y * 100.0))
         .label_style(("sans-serif", 12).into_font().color(&INK))
         .axis_style(INK)
@@ -168,7 +175,7 @@ fn shares<'a>(kind: &Kind, area: &Area<'a>) -> Drawn<'a> {
         let mut from = 0.0;
         for (count, colour) in layer.counts.iter().zip([MINUS, ZERO, PLUS]) {
             let to = from + *count as f64 / total;
-            let (a, b) = (n as f64 + 0.06, n as f64 + 0.94);
+            let (a, b) = (n as f64 - 0.44, n as f64 + 0.44);
             chart.draw_series([Rectangle::new([(a, from), (b, to)], colour.filled())])?;
             from = to;
         }
@@ -181,34 +188,34 @@ fn spread<'a>(kind: &Kind, area: &Area<'a>) -> Drawn<'a> {
     let high = kind.layers.values().map(|l| l.high).fold(0.0, f64::max);
     // At least a factor of four, so that equal scales do not look wild.
     let middle = (low * high).sqrt();
-    let (low, high) = ((low / 1.3).min(middle / 2.0), (high * 1.3).max(middle * 2.0));
+    let (low, high) = ((low / 1.3).min(middle / 2.0).log10(), (high * 1.3).max(middle * 2.0).log10());
     let mut chart = ChartBuilder::on(area)
         .margin(6)
         .x_label_area_size(18)
         .y_label_area_size(64)
-        .build_cartesian_2d(0.0..last_layer(kind), (low..high).log_scale())?;
+        .build_cartesian_2d(layers(kind), low..high)?;
     chart
         .configure_mesh()
         .disable_x_mesh()
         .x_labels(8)
         .y_labels(4)
-        .x_label_formatter(&|x| format!("{x:.0}"))
-        .y_label_formatter(&|y| format!("{y:.2e}"))
+        .x_label_formatter(&|&x| layer_label(kind, x))
+        .y_label_formatter(&|y| format!("{:.1e}", 10f64.powf(*y)))
         .label_style(("sans-serif", 12).into_font().color(&INK))
         .axis_style(INK)
         .bold_line_style(INK.mix(0.12))
         .light_line_style(TRANSPARENT)
         .draw()?;
     for (&n, layer) in &kind.layers {
-        let at = n as f64 + 0.5;
+        let at = n as f64;
         let colour = if kind.ternary { PLUS } else { MINUS };
         chart.draw_series([PathElement::new(
-            vec![(at, layer.low), (at, layer.high)],
+            vec![(at, layer.low.log10()), (at, layer.high.log10())],
             colour.stroke_width(2),
         )])?;
         let mut middles = layer.middle.clone();
         middles.sort_by(f64::total_cmp);
-        chart.draw_series([Circle::new((at, middles[middles.len() / 2]), 3, INK.filled())])?;
+        chart.draw_series([Circle::new((at, middles[middles.len() / 2].log10()), 3, INK.filled())])?;
     }
     Ok(())
 }

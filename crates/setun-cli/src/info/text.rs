@@ -18,7 +18,7 @@ const MARGIN: usize = 13;
 /// Columns of a bar that stands for everything.
 const BAR: usize = 30;
 /// Kinds of matrices that are listed; a hybrid has some dozens.
-const KINDS: usize = 14;
+const KINDS: usize = 16;
 
 /// Lines with a name in the margin; long ones go on below, indented.
 #[derive(Default)]
@@ -53,9 +53,10 @@ pub(super) fn screen(facts: &Facts) -> String {
     let mut out = Screen::default();
     let file = facts.file;
     let total: usize = file.tensors().map(|t| t.stored_bytes()).sum();
-    let (tensors, size) = (file.tensors().len(), output::bytes(total));
+    let (n, size) = (file.tensors().len(), output::bytes(total));
+    let tensors = if n == 1 { "tensor" } else { "tensors" };
     out.line("file", &format!("{}", file.path().display()));
-    out.line("container", &format!("{}, {tensors} tensors, {size}", container(file.kind())));
+    out.line("container", &format!("{}, {n} {tensors}, {size}", container(file.kind())));
     if let Some(c) = &facts.config {
         let (all, blocks) = (output::count(c.parameters()), output::count(c.block_weights()));
         out.line(
@@ -126,7 +127,11 @@ fn bytes(out: &mut Screen, found: &Survey, total: usize) {
     };
     out.row("weights", &row(head));
     for kind in found.kinds.iter().take(KINDS) {
-        let zeros = kind.zero_fraction.map_or("float".into(), |z| format!("{:.1} %", z * 100.0));
+        let zeros = match (kind.zero_fraction, kind.spread) {
+            (Some(zeros), _) => format!("{:.1} %", zeros * 100.0),
+            (None, Some(_)) => "float".to_owned(),
+            (None, None) => "unread".to_owned(),
+        };
         let figures = kind.spread.map_or(Default::default(), |s| {
             let ratio = if s.min > 0.0 { format!("{:.1}", s.max / s.min) } else { String::new() };
             [format!("{:.2e}", s.min), format!("{:.2e}", s.median), format!("{:.2e}", s.max), ratio]
@@ -136,7 +141,7 @@ fn bytes(out: &mut Screen, found: &Survey, total: usize) {
         out.row("", &row([&name, &kind.tensors.to_string(), &zeros, min, median, max, ratio]));
     }
     if found.kinds.len() > KINDS {
-        out.row("", &format!("and {} more kinds (--json lists them)", found.kinds.len() - KINDS));
+        out.row("", &format!("more in --json, of {} kinds in all", found.kinds.len()));
     }
     if found.kinds.iter().any(|kind| kind.zero_fraction.is_none() && kind.spread.is_some()) {
         out.row("", "(float: root mean square for min and median, largest value for max)");
@@ -162,9 +167,20 @@ fn facts_by_origin(out: &mut Screen, facts: &Facts) {
         ("derived", Origin::Derived),
         ("assumed", Origin::Assumed),
     ] {
-        let told: Vec<String> =
-            of(origin).map(|fact| format!("{} {} ({})", fact.name, fact.value, fact.from)).collect();
+        // Each reason once, behind all that it explains.
+        let mut told: Vec<(String, &str)> = Vec::new();
+        for fact in of(origin) {
+            let what = match fact.value.as_str() {
+                "true" => fact.name.to_owned(),
+                value => format!("{} {value}", fact.name),
+            };
+            match told.iter_mut().find(|(_, from)| *from == fact.from) {
+                Some((earlier, _)) => *earlier += &format!(", {what}"),
+                None => told.push((what, &fact.from)),
+            }
+        }
         if !told.is_empty() {
+            let told: Vec<String> = told.iter().map(|(what, from)| format!("{what} ({from})")).collect();
             out.line(label, &told.join("; "));
         }
     }
@@ -182,7 +198,7 @@ fn talk(out: &mut Screen, facts: &Facts) {
 }
 
 fn template(facts: &Facts, tokenizer: &Tokenizer) -> String {
-    let Some(talk) = &facts.chat else { return "none".to_owned() };
+    let Some(talk) = &facts.chat else { return "none: prompts are continued as they are".to_owned() };
     let mut parts = vec![format!("from {}", talk.origin)];
     let own = tokenizer.chat_template().filter(|_| !tokenizer.chat_templates().is_empty());
     parts.extend(own.map(|source| format!("{} characters", source.chars().count())));

@@ -156,7 +156,12 @@ fn vocabularies(config: &ModelConfig, tokenizer: &Tokenizer, odd: &mut Vec<Strin
 /// Template and end of a turn.
 fn talk(facts: &Facts, tokenizer: &Tokenizer, odd: &mut Vec<String>) {
     odd.extend(tokenizer.template_notes().iter().cloned());
-    let Some(chat) = &facts.chat else { return };
+    let Some(chat) = &facts.chat else {
+        if tokenizer.chat_templates().is_empty() {
+            odd.push("there is no chat template: fine for a base model, but a tuned one answers badly without its own".into());
+        }
+        return;
+    };
     if tokenizer.chat_templates().is_empty() {
         odd.push(format!("the files have no chat template: conversations use that of {}", chat.origin));
     }

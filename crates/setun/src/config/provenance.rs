@@ -127,7 +127,7 @@ impl Facts<'_> {
         self.keyed("head width", c.head_dim, first(&["head_dim"]), width);
         let context = first(&["max_position_embeddings"]);
         self.keyed("context", c.max_positions, context, class("max_position_embeddings"));
-        self.put("norm epsilon", c.rms_norm_eps, Origin::File, "rms_norm_eps");
+        self.put("norm epsilon", format!("{:e}", c.rms_norm_eps), Origin::File, "rms_norm_eps");
         self.keyed("activation", activation(c), first(&["hidden_act"]), class("hidden_act"));
         let section = first(&["rope_parameters", "rope_scaling"]);
         let base = match section.filter(|key| json[key].get("rope_theta").is_some()) {
@@ -207,7 +207,12 @@ impl Facts<'_> {
         let over = (Origin::Derived, "width over query heads".to_owned());
         self.keyed("head width", c.head_dim, there("attention.key_length").as_deref(), over);
         self.put("context", c.max_positions, Origin::File, full("context_length"));
-        self.put("norm epsilon", c.rms_norm_eps, Origin::File, full("attention.layer_norm_rms_epsilon"));
+        self.put(
+            "norm epsilon",
+            format!("{:e}", c.rms_norm_eps),
+            Origin::File,
+            full("attention.layer_norm_rms_epsilon"),
+        );
         self.put(
             "activation",
             activation(c),
@@ -291,7 +296,7 @@ impl Facts<'_> {
         for (name, value) in [
             ("activation", activation(c).to_owned()),
             ("rope base", c.rope.theta.to_string()),
-            ("norm epsilon", c.rms_norm_eps.to_string()),
+            ("norm epsilon", format!("{:e}", c.rms_norm_eps)),
             ("activations", c.activations().to_string()),
         ] {
             self.put(name, value, Origin::Family, "what the program that writes such files computes");
@@ -319,5 +324,112 @@ fn scaling(c: &ModelConfig) -> &'static str {
         R::Yarn { .. } => "YaRN",
         R::Llama3 { .. } => "Llama 3",
         R::Divisors(_) => "a divisor for every frequency",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::gguf::{Array, Value};
+
+    const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../golden/");
+
+    fn other(value: &Json) -> Json {
+        match value {
+            Json::Bool(b) => (!b).into(),
+            Json::Number(n) => (n.as_f64().unwrap() * 2.0).into(),
+            Json::String(_) => "another".into(),
+            _ => Json::Array(vec!["another".into()]),
+        }
+    }
+
+    #[test]
+    fn what_is_said_to_come_from_config_json_changes_with_its_key() {
+        let mut checked = 0;
+        for folder in [
+            "bitnet-tied-packed-small",
+            "llama-bitnet-packed",
+            "qwen2-bias",
+            "mistral-sliding-window",
+            "rope-llama-yarn",
+        ] {
+            let file = Checkpoint::open(format!("{GOLDEN}models/{folder}")).unwrap();
+            let json = file.config_json().unwrap().unwrap();
+            let config = ModelConfig::from_json(&json).unwrap();
+            for fact in config.facts(&file).unwrap() {
+                let key = fact.from.split('.').next().unwrap();
+                if fact.origin == Origin::File {
+                    let mut changed = json.clone();
+                    changed[key] = other(&json[key]);
+                    assert_ne!(
+                        ModelConfig::from_json(&changed).ok(),
+                        Some(config.clone()),
+                        "{folder}: {fact:?}"
+                    );
+                    checked += 1;
+                } else if let Some(key) =
+                    fact.from.split('`').nth(1).filter(|_| fact.from.ends_with("is absent"))
+                {
+                    assert!(json.get(key).is_none(), "{folder}: {fact:?}");
+                }
+            }
+        }
+        assert!(checked > 40, "{checked}");
+    }
+
+    #[test]
+    fn what_is_said_to_come_from_a_gguf_key_changes_with_it() {
+        let mut checked = 0;
+        for name in [
+            "models/bitnet-tied-packed-small-gguf/bitnet-tied-packed-small-i2_s.gguf",
+            "bonsai/qwen3-tied/model-tq1_0.gguf",
+        ] {
+            let file = Checkpoint::open(format!("{GOLDEN}{name}")).unwrap();
+            let meta = file.gguf_metadata().unwrap();
+            let config = ModelConfig::from_gguf(&file, meta).unwrap();
+            for fact in config.facts(&file).unwrap() {
+                let Some(value) = meta.get(&fact.from).filter(|_| fact.origin == Origin::File) else {
+                    let key = fact.from.split('`').nth(1).unwrap_or_default();
+                    assert!(meta.get(key).is_none(), "{fact:?}");
+                    continue;
+                };
+                let mut changed = Metadata::new();
+                for (key, value) in meta.iter() {
+                    changed.insert(key, value.clone());
+                }
+                let other = match value {
+                    Value::String(_) => Value::String("another".into()),
+                    Value::Array(_) => Value::Array(Array::String(Vec::new())),
+                    value => value.as_u64().map_or_else(
+                        || Value::F32(value.as_f32().unwrap() * 2.0),
+                        |n| Value::U32(n as u32 * 2),
+                    ),
+                };
+                changed.insert(fact.from.clone(), other);
+                assert_ne!(ModelConfig::from_gguf(&file, &changed).ok(), Some(config.clone()), "{fact:?}");
+                checked += 1;
+            }
+        }
+        assert!(checked > 18, "{checked}");
+    }
+
+    #[test]
+    fn what_no_key_says_is_said_to_be_the_familys_or_assumed() {
+        let fact = |name: &str, about: &str| {
+            let file = Checkpoint::open(format!("{GOLDEN}{name}")).unwrap();
+            let facts = ModelConfig::of(&file).unwrap().facts(&file).unwrap();
+            let fact = facts.into_iter().find(|fact| fact.name == about).unwrap();
+            (fact.value, fact.origin)
+        };
+        let bitnet = "models/bitnet-tied-packed-small-gguf/bitnet-tied-packed-small-i2_s.gguf";
+        assert_eq!(fact(bitnet, "activation"), ("squared ReLU".into(), Origin::Family));
+        assert_eq!(fact(bitnet, "activations"), ("int8".into(), Origin::Family));
+        let llama = "models/llama-bitnet-packed-gguf/llama-bitnet-packed-tq2_0.gguf";
+        assert_eq!(fact(llama, "activations"), ("int8".into(), Origin::Assumed));
+        assert_eq!(
+            fact("bonsai/qwen3-tied/model-tq1_0.gguf", "activations"),
+            ("float".into(), Origin::Assumed)
+        );
+        assert_eq!(fact("models/llama-bitnet-packed", "activation"), ("SiLU".into(), Origin::File));
     }
 }
