@@ -613,10 +613,10 @@ mod tests {
             floats(&Tensor::new(spec, data), 2)
         };
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let f32s: Vec<u8> = [1.0, 2.0, bad, 4.0].iter().flat_map(|v: &f32| v.to_le_bytes()).collect();
-            let f16s =
-                [1.0, 2.0, bad, 4.0].iter().flat_map(|&v| half::f16::from_f32(v).to_le_bytes()).collect();
-            let bf16s = [1.0, 2.0, bad, 4.0].iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes());
+            let values = [1.0, 2.0, bad, 4.0];
+            let f32s: Vec<u8> = values.iter().flat_map(|v: &f32| v.to_le_bytes()).collect();
+            let f16s = values.iter().flat_map(|&v| half::f16::from_f32(v).to_le_bytes()).collect();
+            let bf16s = values.iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes());
             assert!(tensor(Encoding::F32, f32s).1 && tensor(Encoding::F16, f16s).1);
             assert!(tensor(Encoding::BF16, bf16s.collect()).1);
         }
