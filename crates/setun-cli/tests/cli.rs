@@ -347,6 +347,16 @@ fn info_warns_of_scales_of_end_tokens_and_of_templates_that_cannot_be_right() {
 }
 
 #[test]
+fn info_warns_of_a_rotated_model_whose_file_does_not_say_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let rotated = folder.path().join("Ternary-Bonsai-2-27B.gguf");
+    let odd = |path: &Path| json(&["info", path.to_str().unwrap(), "--json"])["odd"].to_string();
+    let plain = golden("../bonsai/qwen3-tied/model-tq1_0.gguf");
+    std::fs::copy(&plain, &rotated).unwrap();
+    assert!(odd(&rotated).contains("prism.hadamard") && !odd(&plain).contains("prism.hadamard"));
+}
+
+#[test]
 fn info_describes_what_it_cannot_run_and_draws_it() {
     let model = golden("../bonsai-blocks/type42/g64-many.gguf").display().to_string();
     let folder = tempfile::tempdir().unwrap();
@@ -363,8 +373,8 @@ fn info_describes_what_it_cannot_run_and_draws_it() {
 fn thinking_is_apart_from_the_answer_and_goes_to_stderr() {
     let folder = tempfile::tempdir().unwrap();
     let template = folder.path().join("t.jinja").display().to_string();
-    let source = "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking is defined and not enable_thinking \
-                  %}<think></think>{% else %}<think>{% endif %}{# </think> #}";
+    let source = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}\
+                  {% if add_generation_prompt and enable_thinking is false %}</think>{% endif %}";
     std::fs::write(&template, source).unwrap();
     let (model, template) = (small(), template.as_str());
     let run = |more: &[&str]| {
