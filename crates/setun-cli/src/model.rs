@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use setun::config::ActivationType;
 use setun::config::ModelConfig;
 use setun::engine::{Engine, EngineOptions};

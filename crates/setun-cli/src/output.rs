@@ -42,7 +42,14 @@ pub fn one_line(error: &anyhow::Error) -> String {
         }
         line += &text;
     }
-    line.replace('\n', " ")
+    flags(&line.replace('\n', " "))
+}
+
+/// Choices that the library leaves to its caller, by the flags that make them here.
+pub fn flags(text: &str) -> String {
+    ["type42", "i2s"].iter().fold(text.to_owned(), |text, name| {
+        text.replace(&format!("the option `{name}`"), &format!("`--{name}`"))
+    })
 }
 
 /// `1.2 GB`, `310 MB`, `4.5 KB`: powers of ten.
@@ -99,5 +106,11 @@ mod tests {
         let inner = anyhow::anyhow!("disk full");
         assert_eq!(one_line(&inner.context("cannot write x")), "cannot write x: disk full");
         assert_eq!(one_line(&anyhow::anyhow!("b").context("a b")), "a b");
+    }
+
+    #[test]
+    fn the_librarys_options_are_told_by_the_names_of_their_flags() {
+        let error = anyhow::anyhow!("both fit: the option `type42` must say group64 or group128");
+        assert_eq!(one_line(&error), "both fit: `--type42` must say group64 or group128");
     }
 }

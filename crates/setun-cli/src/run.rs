@@ -7,11 +7,11 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
-use setun::chat::{Message, encode_chat};
+use anyhow::{Context, Result, bail};
+use setun::chat::{Chat, Message, Part, Prompt, Splitter, TurnEnd};
 use setun::engine::{Engine, Session};
 use setun::error::ModelError;
-use setun::generate::{Limits, Report, Stop, generate};
+use setun::generate::{Limits, Report, Stop, generate_showing};
 use setun::kv_cache::KvType;
 use setun::recommended::Recommended;
 use setun::sampler::{Sampler, Sampling};
@@ -28,6 +28,11 @@ use crate::{WrongUsage, default_model, memory, output};
 ///
 /// The same seed gives the same text on any number of threads and with any kernel. Without --seed one is drawn and
 /// printed, so that a text can be had again.
+///
+/// Conversations follow the model's chat template: chat_template.jinja, else the one in tokenizer_config.json, else
+/// chat_template.json; in GGUF tokenizer.chat_template. They end an answer at every end token that the model's files name and at
+/// what the template writes behind an answer; `setun info` lists them. A model without a template continues the prompt as it
+/// is. What a model writes between <think> and </think> goes to stderr and does not return into the conversation.
 #[derive(clap::Args)]
 #[command(allow_negative_numbers = true)]
 #[command(after_help = "Examples:
@@ -54,6 +59,12 @@ pub struct RunArgs {
     /// System message of a conversation
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     system: Option<String>,
+    /// Thinking of models that think before they answer, in conversations [default: show, if the model's template starts it]
+    #[arg(long, value_name = "WHAT", conflicts_with = "raw")]
+    thinking: Option<Thinking>,
+    /// Chat template: the name of one of the model's, or a file with Jinja source [default: the model's `default`]
+    #[arg(long, value_name = "NAME|FILE", conflicts_with = "raw")]
+    chat_template: Option<String>,
     /// Stop before this text; may be repeated
     #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     stop: Vec<String>,
@@ -131,6 +142,17 @@ impl SamplingArgs {
     }
 }
 
+/// What happens to a model's thinking.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Thinking {
+    /// On stderr, dimmed where that is a terminal
+    Show,
+    /// Not shown
+    Hide,
+    /// The model is asked to answer without (enable_thinking=false, where its template knows it)
+    Off,
+}
+
 /// New tokens where the user sets no limit and the context would be the only one.
 const DEFAULT_TOKENS: usize = 256;
 
@@ -170,14 +192,20 @@ fn start(mut args: RunArgs, started: Instant, read_stdin: bool) -> Result<()> {
     drop(file);
     let limit = args.load.limit(engine.config());
     let session = engine.session(args.kv, Some(limit));
-    let speaker = Speaker {
-        tokenizer: &tokenizer,
-        stop_ids: stop_ids(&engine, &tokenizer, args.ignore_eos),
-        args: &args,
-        memory: &memory,
+    let asked = args.chat || args.system.is_some() || args.chat_template.is_some() || args.thinking.is_some();
+    let chat = match talking || asked {
+        true => conversation(&args, &tokenizer, engine.config())?,
+        false => None,
     };
-    if talking && tokenizer.chat_template().is_some() {
-        return chat::converse(speaker, session, sampling);
+    let mut stop = args.stop.clone();
+    if let Some(TurnEnd::Text(text)) = chat.as_ref().map(Chat::turn_end).filter(|_| !args.ignore_eos) {
+        stop.push(text.clone());
+    }
+    let stop_ids = stop_ids(&engine, &tokenizer, chat.as_ref(), args.ignore_eos);
+    let speaker =
+        Speaker { tokenizer: &tokenizer, chat: chat.as_ref(), stop_ids, stop, args: &args, memory: &memory };
+    if let Some(chat) = chat.as_ref().filter(|_| talking) {
+        return chat::converse(&speaker, chat, session, sampling);
     }
     let mut shown = String::new();
     let prompt = match (&args.prompt, &args.model) {
@@ -187,33 +215,90 @@ fn start(mut args: RunArgs, started: Instant, read_stdin: bool) -> Result<()> {
             default_model::PROMPT
         }
         (None, Some(_)) => {
-            return Err(WrongUsage("there is no prompt: give one with -p TEXT, or pipe it in".into()).into());
+            let why = if talking {
+                "the model has no chat template, so it continues a text: "
+            } else {
+                "there is no prompt: "
+            };
+            return Err(WrongUsage(format!("{why}give one with -p TEXT, or pipe it in")).into());
         }
     };
-    let ids = if args.chat || args.system.is_some() {
-        let system = args.system.iter().map(|text| Message::new("system", text));
-        let messages: Vec<Message> = system.chain([Message::new("user", prompt)]).collect();
-        encode_chat(&tokenizer, &messages)?
-    } else {
-        tokenizer.encode_prompt(prompt)?
+    let read = match &chat {
+        Some(chat) => {
+            let system = args.system.iter().map(|text| Message::new("system", text));
+            let messages: Vec<Message> = system.chain([Message::new("user", prompt)]).collect();
+            chat.prompt(&messages, args.enable_thinking())?
+        }
+        None => Prompt { ids: tokenizer.encode_prompt(prompt)?, thinking: false },
     };
-    speaker.tell(session, &ids, &sampling, started, shown)
+    speaker.tell(session, &read, &sampling, started, shown)
+}
+
+impl RunArgs {
+    /// What the template is told; nothing unless the user says something.
+    fn enable_thinking(&self) -> Option<bool> {
+        self.thinking.map(|thinking| thinking != Thinking::Off)
+    }
+}
+
+/// How to talk with the model as the user asks; `None`, said aloud, where it has no template.
+fn conversation<'t>(
+    args: &RunArgs,
+    tokenizer: &'t Tokenizer,
+    config: &setun::config::ModelConfig,
+) -> Result<Option<Chat<'t>>> {
+    let file = args.chat_template.as_deref().filter(|name| std::path::Path::new(name).is_file());
+    let chat = match file {
+        Some(path) => {
+            let source = std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?;
+            Some(Chat::with_template(tokenizer, &source, path)?)
+        }
+        None => Chat::of(tokenizer, Some(config), args.chat_template.as_deref())?,
+    };
+    for note in tokenizer.template_notes().iter().filter(|_| args.chat_template.is_none()) {
+        eprintln!("note: {note}");
+    }
+    let Some(chat) = chat else {
+        if args.system.is_some() {
+            bail!(
+                "the model has no chat template, so there is no place for a system message: leave --system out"
+            );
+        }
+        if args.prompt.is_some() || args.model.is_none() {
+            eprintln!("note: the model has no chat template, so the prompt is continued as it is");
+        }
+        return Ok(None);
+    };
+    if tokenizer.chat_templates().is_empty() && file.is_none() {
+        eprintln!("note: the chat template is from {}", chat.origin());
+    }
+    if args.system.is_some() {
+        chat.check_system()?;
+    }
+    Ok(Some(chat))
 }
 
 /// Ids after which a text is over, from wherever the model's files name them.
-fn stop_ids(engine: &Engine, tokenizer: &Tokenizer, ignore: bool) -> Vec<u32> {
+fn stop_ids(engine: &Engine, tokenizer: &Tokenizer, chat: Option<&Chat>, ignore: bool) -> Vec<u32> {
     if ignore {
         return Vec::new();
     }
     let mut ids = tokenizer.eos_ids().to_vec();
     ids.extend(engine.config().eos.iter().filter(|id| !tokenizer.eos_ids().contains(id)));
+    if let Some(&TurnEnd::Token(id)) = chat.map(Chat::turn_end)
+        && !ids.contains(&id)
+    {
+        ids.push(id);
+    }
     ids
 }
 
 /// What stays the same from answer to answer.
 struct Speaker<'a> {
     tokenizer: &'a Tokenizer,
+    chat: Option<&'a Chat<'a>>,
     stop_ids: Vec<u32>,
+    stop: Vec<String>,
     args: &'a RunArgs,
     memory: &'a memory::Watch,
 }
@@ -221,7 +306,9 @@ struct Speaker<'a> {
 /// One generation: what came out, and when it began.
 struct Told {
     report: Report,
+    /// The answer, or the whole text where nobody thinks.
     text: String,
+    thought: String,
     first_text: Option<Instant>,
 }
 
@@ -230,7 +317,7 @@ impl Speaker<'_> {
     fn tell(
         &self,
         mut session: Session,
-        ids: &[u32],
+        prompt: &Prompt,
         sampling: &Sampling,
         started: Instant,
         shown: String,
@@ -241,17 +328,20 @@ impl Speaker<'_> {
         }
         let mut sampler = Sampler::new(sampling.clone())?;
         let max_tokens = self.args.tokens.unwrap_or(DEFAULT_TOKENS);
-        let told = self.generate(&mut session, ids, &mut sampler, max_tokens, &mut |text| {
+        let mut thoughts = Thoughts::new(self.args);
+        let told = self.generate(&mut session, prompt, 0, &mut sampler, max_tokens, &mut |part, text| {
             if streaming {
-                output::print(text)?;
+                thoughts.print(part, text)?;
             }
             Ok(true)
         })?;
-        let Told { report, text, first_text } = &told;
+        thoughts.end();
+        let Told { report, text, thought, first_text } = &told;
         let first = first_text.map(|at| at - started);
         if self.args.json {
             return output::print_json(&serde_json::json!({
                 "text": shown + text,
+                "thinking": if thought.is_empty() { None } else { Some(thought) },
                 "ids": report.new_ids,
                 "stop": stop_name(report.stop),
                 "seed": sampling.seed,
@@ -284,34 +374,39 @@ impl Speaker<'_> {
         Ok(())
     }
 
-    /// Feeds `ids` to `session` and passes text on to `show` until something ends it, or `show` returns false.
+    /// Feeds `prompt` without its first `fed` ids, which `session` has, and passes text on to `show` until something ends it, or
+    /// `show` returns false.
     fn generate(
         &self,
         session: &mut Session,
-        ids: &[u32],
+        prompt: &Prompt,
+        fed: usize,
         sampler: &mut Sampler,
         max_tokens: usize,
-        show: &mut dyn FnMut(&str) -> std::io::Result<bool>,
+        show: &mut dyn FnMut(Part, &str) -> std::io::Result<bool>,
     ) -> Result<Told> {
         let limits = Limits { max_tokens, stop_ids: self.stop_ids.clone() };
-        let mut stops = StopStrings::new(self.args.stop.clone());
-        let (mut all, mut first_text, mut failed) = (String::new(), None, None);
-        let mut pass_on = |text: &str| {
-            if text.is_empty() {
-                return true;
-            }
+        let mut stops = StopStrings::new(self.stop.clone());
+        let mut splitter = Splitter::new(self.chat.and_then(Chat::tags), prompt.thinking);
+        let (mut answer, mut thought, mut first_text) = (String::new(), String::new(), None);
+        let (mut failed, mut go_on) = (None, true);
+        let mut pass_on = |part: Part, text: &str| {
             first_text.get_or_insert_with(Instant::now);
-            all.push_str(text);
-            show(text).unwrap_or_else(|error| {
+            if part == Part::Thought { &mut thought } else { &mut answer }.push_str(text);
+            go_on &= show(part, text).unwrap_or_else(|error| {
                 failed = Some(error);
                 false
-            })
+            });
+            go_on
         };
-        let mut stopped = false;
-        let report = generate(session, self.tokenizer, ids, sampler, &limits, &mut |piece| {
+        let (mut stopped, mut asked) = (false, false);
+        let shown = self.chat.map(Chat::hidden_tags).unwrap_or_default();
+        let ids = &prompt.ids[fed..];
+        let report = generate_showing(session, self.tokenizer, ids, sampler, &limits, &shown, &mut |piece| {
             let passed = stops.push(piece);
             stopped |= passed.stopped;
-            !stopped & pass_on(&passed.text)
+            splitter.push(&passed.text, &mut |part, text| asked |= !pass_on(part, text));
+            !stopped && !asked
         });
         // A prompt of special tokens alone is as empty as none.
         let report = report.map_err(|error| match error {
@@ -319,11 +414,47 @@ impl Speaker<'_> {
             error => anyhow::Error::from(error),
         })?;
         if !stopped {
-            pass_on(&stops.finish());
+            splitter.push(&stops.finish(), &mut |part, text| _ = pass_on(part, text));
         }
+        splitter.finish(&mut |part, text| _ = pass_on(part, text));
         match failed {
             Some(error) => Err(error.into()),
-            None => Ok(Told { report, text: all, first_text }),
+            None => Ok(Told { report, text: answer, thought, first_text }),
+        }
+    }
+}
+
+/// Answers to stdout, thoughts to stderr.
+struct Thoughts {
+    show: bool,
+    /// Codes that dim a terminal's text and end that.
+    style: (&'static str, &'static str),
+    open: bool,
+}
+
+impl Thoughts {
+    fn new(args: &RunArgs) -> Self {
+        let style = if std::io::stderr().is_terminal() { ("\x1b[2m", "\x1b[0m") } else { ("", "") };
+        Self { show: args.thinking != Some(Thinking::Hide), style, open: false }
+    }
+
+    fn print(&mut self, part: Part, text: &str) -> std::io::Result<()> {
+        if part == Part::Answer {
+            self.end();
+            return output::print(text);
+        }
+        if self.show {
+            let (dim, plain) = self.style;
+            eprint!("{dim}{text}{plain}");
+            self.open = true;
+        }
+        Ok(())
+    }
+
+    /// Ends the line that a thought is on.
+    fn end(&mut self) {
+        if std::mem::take(&mut self.open) {
+            eprintln!("\n");
         }
     }
 }

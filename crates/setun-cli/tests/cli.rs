@@ -316,6 +316,125 @@ fn a_hybrid_is_described_and_runs_with_the_same_ids_after_its_conversion() {
 }
 
 #[test]
+fn info_tells_where_facts_bytes_and_ends_come_from() {
+    let info = json(&["info", &small(), "--json"]);
+    let fact = |name: &str| {
+        info["facts"].as_array().unwrap().iter().find(|fact| fact["name"] == name).unwrap()["origin"].clone()
+    };
+    assert_eq!(
+        (fact("width"), fact("sub-norms"), fact("rope scaling")),
+        ("file".into(), "family".into(), "default".into())
+    );
+    let kinds: Vec<_> =
+        info["kinds"].as_array().unwrap().iter().map(|kind| kind["kind"].as_str().unwrap()).collect();
+    assert_eq!(kinds[..3], ["embed_tokens", "q_proj", "k_proj"]);
+    let parts = info["bytes_by_part"].as_object().unwrap();
+    assert_eq!(parts.keys().collect::<Vec<_>>(), ["embedding", "attention", "feed_forward", "norms"]);
+    let matrix = &info["matrices"][1]["values"];
+    let counts = ["minus", "zero", "plus"].map(|key| matrix[key].as_u64().unwrap());
+    assert_eq!((matrix["values"].as_str(), counts.iter().sum()), (Some("ternary"), 256 * 256));
+    assert_eq!(info["chat"]["turn_end"]["token"], 319);
+    assert_eq!(info["ends"][1]["sources"], serde_json::json!(["its name", "the chat template"]));
+    let screen = stdout(&["info", &small()]);
+    assert!(
+        screen.lines().count() <= 45 && screen.lines().all(|line| line.chars().count() <= 100),
+        "{screen}"
+    );
+    assert!(stdout(&["info"]).contains("no chat template"));
+}
+
+#[test]
+fn info_warns_of_scales_of_end_tokens_and_of_templates_that_cannot_be_right() {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(golden("llama-bitnet-packed")).unwrap().flatten() {
+        if entry.path().is_file() {
+            std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+        }
+    }
+    let model = folder.path().display().to_string();
+    let config = std::fs::read_to_string(folder.path().join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    // The scales of this file divide; a config that says otherwise turns 0.03 into 33.
+    config["quantization_config"]["linear_class"] = "autobitlinear".into();
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let template = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}";
+    std::fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+    let odd = json(&["info", &model, "--json"])["odd"].to_string();
+    for part in ["scales are around 3", "inverse", "`<|im_start|>`, `<|im_end|>`, which are no tokens"] {
+        assert!(odd.contains(part), "{part}: {odd}");
+    }
+}
+
+#[test]
+fn info_warns_of_a_rotated_model_whose_file_does_not_say_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let rotated = folder.path().join("Ternary-Bonsai-2-27B.gguf");
+    let odd = |path: &Path| json(&["info", path.to_str().unwrap(), "--json"])["odd"].to_string();
+    let plain = golden("../bonsai/qwen3-tied/model-tq1_0.gguf");
+    std::fs::copy(&plain, &rotated).unwrap();
+    assert!(odd(&rotated).contains("prism.hadamard") && !odd(&plain).contains("prism.hadamard"));
+}
+
+#[test]
+fn info_describes_what_it_cannot_run_and_draws_it() {
+    let model = golden("../bonsai-blocks/type42/g64-many.gguf").display().to_string();
+    let folder = tempfile::tempdir().unwrap();
+    let picture = folder.path().join("weights.svg").display().to_string();
+    let info = json(&["info", &model, "--json", "--plot", &picture]);
+    assert_eq!(info["runnable"], false);
+    assert!(info["odd"][0].as_str().unwrap().starts_with("cannot be run: "));
+    assert!(info["zero_fraction"].as_f64().is_some_and(|zeros| (0.1..0.6).contains(&zeros)));
+    assert!(std::fs::read_to_string(&picture).unwrap().contains("of all weights, by layer"));
+    assert!(failure(&["info", &model, "--plot", "weights.png"], 2).contains(".svg"));
+}
+
+#[test]
+fn thinking_is_apart_from_the_answer_and_goes_to_stderr() {
+    let folder = tempfile::tempdir().unwrap();
+    let template = folder.path().join("t.jinja").display().to_string();
+    let source = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}\
+                  {% if add_generation_prompt and enable_thinking is false %}</think>{% endif %}";
+    std::fs::write(&template, source).unwrap();
+    let (model, template) = (small(), template.as_str());
+    let run = |more: &[&str]| {
+        let args = [
+            &["run", &model, "-p", PROMPT, "-n", "8", "--temperature", "0", "--chat-template", template],
+            more,
+        ];
+        setun(&args.concat())
+    };
+    // The template opens a thought, and so short a text does not end it.
+    let thinking: Value = serde_json::from_str(&text_of(&run(&["--json"]))).unwrap();
+    let thought = thinking["thinking"].as_str().unwrap().to_owned();
+    assert_eq!((thinking["text"].as_str(), thought.is_empty()), (Some(""), false));
+    let shown = run(&[]);
+    assert!(text_of(&shown).is_empty() && String::from_utf8_lossy(&shown.stderr).contains(&thought));
+    assert!(!String::from_utf8_lossy(&run(&["--thinking", "hide"]).stderr).contains(&thought));
+    let off: Value = serde_json::from_str(&text_of(&run(&["--thinking", "off", "--json"]))).unwrap();
+    assert!(off["thinking"].is_null() && !off["text"].as_str().unwrap().is_empty());
+}
+
+#[test]
+fn conversations_without_a_place_for_what_is_asked_say_so() {
+    let note = setun(&["run", "-p", "Hello", "--chat", "-n", "1"]);
+    assert!(String::from_utf8_lossy(&note.stderr).contains("no chat template, so the prompt is continued"));
+    let error = failure(&["run", "-p", "Hello", "--system", "Be brief.", "-n", "1"], 1);
+    assert!(error.contains("--system"), "{error}");
+    let template = golden("../chat/templates/alternating.jinja").display().to_string();
+    let error = failure(&["run", &small(), "-p", "a", "--system", "b", "--chat-template", &template], 1);
+    assert!(error.contains("System role not supported") && error.contains("first message"), "{error}");
+    let error = failure(&["run", &small(), "-p", "a", "--chat-template", "rag"], 1);
+    assert!(error.contains("`rag`") && error.contains("`default`"), "{error}");
+}
+
+#[test]
+fn errors_name_the_flag_that_decides() {
+    let model = golden("../bonsai-blocks/type42/ambiguous-one-row.gguf").display().to_string();
+    let info = stdout(&["info", &model]);
+    assert!(info.contains("its one") && !info.contains("option `type42`"), "{info}");
+}
+
+#[test]
 fn the_attribution_of_the_default_model_travels_with_the_program() {
     let works = stdout(&["info", "--attribution"]);
     for licence in ["CDLA-Sharing-1.0", "creativecommons.org/licenses/by/4.0", "public domain in the US"] {

@@ -9,12 +9,14 @@ mod gguf;
 mod huggingface;
 mod hybrid;
 mod known;
+mod provenance;
 mod recognise;
 mod rope;
 mod rotation;
 
 pub use experts::Experts;
 pub use hybrid::{HeadOrder, Hybrid, MAX_CONV_KERNEL};
+pub use provenance::{Fact, Origin};
 pub use rope::{Rope, RopeScaling, RopeTable};
 pub use rotation::Rotation;
 

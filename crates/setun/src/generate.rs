@@ -70,6 +70,22 @@ pub fn generate(
     limits: &Limits,
     emit: &mut dyn FnMut(&str) -> bool,
 ) -> Result<Report, ModelError> {
+    generate_showing(session, tokenizer, prompt, sampler, limits, &[], emit)
+}
+
+/// [`generate`], with the text of these control tokens, which it leaves out otherwise: tags that the receiver looks for.
+///
+/// # Errors
+/// As [`generate`].
+pub fn generate_showing(
+    session: &mut Session,
+    tokenizer: &Tokenizer,
+    prompt: &[u32],
+    sampler: &mut Sampler,
+    limits: &Limits,
+    shown: &[u32],
+    emit: &mut dyn FnMut(&str) -> bool,
+) -> Result<Report, ModelError> {
     let started = Instant::now();
     session.feed(prompt)?;
     let prefill = started.elapsed();
@@ -77,7 +93,7 @@ pub fn generate(
         sampler.accept(id);
     }
     // The decoder sees the prompt too, so that a first word keeps its space.
-    let mut stream = StreamDecoder::new(tokenizer, true);
+    let mut stream = StreamDecoder::new(tokenizer, true).showing(shown);
     for &id in prompt {
         stream.push(id)?;
     }

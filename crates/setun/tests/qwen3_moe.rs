@@ -417,7 +417,7 @@ fn int8_mixtures_pack_into_a_folder_and_have_no_gguf() {
 fn a_survey_counts_every_byte_once_and_finds_nothing_unused() {
     for path in [ternary(), golden("float")] {
         let file = Checkpoint::open(&path).unwrap();
-        let found = survey(&file, &ModelConfig::of(&file).unwrap()).unwrap();
+        let found = survey(&file, Some(&ModelConfig::of(&file).unwrap()), &|_| {}).unwrap();
         let total: usize = file.tensors().map(|t| t.stored_bytes()).sum();
         assert_eq!(found.bytes.values().sum::<usize>(), total);
         assert!(found.unused.is_empty() && found.not_finite.is_empty());
@@ -426,7 +426,7 @@ fn a_survey_counts_every_byte_once_and_finds_nothing_unused() {
     }
     let file = Checkpoint::open(ternary()).unwrap();
     let config = ModelConfig::of(&file).unwrap();
-    let group = survey(&file, &config).unwrap().packing["Q2_0_g128"].clone();
+    let group = survey(&file, Some(&config), &|_| {}).unwrap().packing["Q2_0_g128"].clone();
     assert_eq!((group.elements, group.tensors), (config.block_weights(), 2 * (4 + 4 * 3)));
     assert_eq!(group.bytes, config.block_weights() / 128 * 34);
 }

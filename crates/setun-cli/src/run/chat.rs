@@ -3,12 +3,12 @@
 use std::io::{BufRead, Write};
 
 use anyhow::{Context, Result};
-use setun::chat::{Message, encode_chat};
+use setun::chat::{Chat, Message, Prompt};
 use setun::engine::Session;
 use setun::generate::Stop;
 use setun::sampler::{Sampler, Sampling};
 
-use super::Speaker;
+use super::{Speaker, Thoughts};
 use crate::interrupt::Interrupt;
 use crate::output;
 
@@ -18,7 +18,7 @@ Ctrl-C  stop an answer
 A line ending in \\ continues on the next.";
 
 /// Talks until the user ends it. The cache keeps what a turn has in common with the last.
-pub fn converse(speaker: Speaker, mut session: Session, sampling: Sampling) -> Result<()> {
+pub fn converse(speaker: &Speaker, chat: &Chat, mut session: Session, sampling: Sampling) -> Result<()> {
     let interrupt = Interrupt::install()?;
     let mut sampler = Sampler::new(sampling.clone())?;
     let system: Vec<Message> = speaker.args.system.iter().map(|text| Message::new("system", text)).collect();
@@ -44,8 +44,8 @@ pub fn converse(speaker: Speaker, mut session: Session, sampling: Sampling) -> R
             }
             text => messages.push(Message::new("user", text)),
         }
-        let ids = match fit(&speaker, &session, &mut messages, system.len()) {
-            Ok(ids) => ids,
+        let prompt = match fit(speaker, chat, &session, &mut messages, system.len()) {
+            Ok(prompt) => prompt,
             Err(error) => {
                 eprintln!("error: {}", output::one_line(&error));
                 messages.pop();
@@ -53,18 +53,22 @@ pub fn converse(speaker: Speaker, mut session: Session, sampling: Sampling) -> R
             }
         };
         // At least one token is fed, so that there are logits to sample from.
-        let common = ids.iter().zip(&seen).take_while(|(a, b)| a == b).count().min(ids.len() - 1);
+        let ids = &prompt.ids;
+        let common =
+            ids.iter().zip(&seen).take_while(|(a, b)| a == b).count().min(ids.len().saturating_sub(1));
         // Recurrent layers go back to the end of a prompt at best.
         let known = session.truncate(common);
         interrupt.begin();
         let again = if known < common { session.feed(&ids[known..common]).map(drop) } else { Ok(()) };
         let max_tokens = speaker.args.tokens.unwrap_or(usize::MAX);
+        let mut thoughts = Thoughts::new(speaker.args);
         let told = again.map_err(anyhow::Error::from).and_then(|()| {
-            speaker.generate(&mut session, &ids[common..], &mut sampler, max_tokens, &mut |text| {
-                output::print(text)?;
+            speaker.generate(&mut session, &prompt, common, &mut sampler, max_tokens, &mut |part, text| {
+                thoughts.print(part, text)?;
                 Ok(!interrupt.asked())
             })
         });
+        thoughts.end();
         interrupt.end();
         let told = match told {
             Ok(told) => told,
@@ -84,21 +88,28 @@ pub fn converse(speaker: Speaker, mut session: Session, sampling: Sampling) -> R
         if told.report.stop == Stop::ContextFull {
             eprintln!("(the context is full: the answer is cut short, and the next turn forgets the oldest)");
         }
-        seen = ids;
+        seen = prompt.ids;
         seen.extend(&told.report.new_ids);
         seen.truncate(session.len());
+        // Templates were trained on histories without the thoughts.
         messages.push(Message::new("assistant", told.text.trim()));
     }
     Ok(())
 }
 
 /// Ids of the conversation, without its oldest exchanges where it would not leave a quarter of the context free.
-fn fit(speaker: &Speaker, session: &Session, messages: &mut Vec<Message>, system: usize) -> Result<Vec<u32>> {
+fn fit(
+    speaker: &Speaker,
+    chat: &Chat,
+    session: &Session,
+    messages: &mut Vec<Message>,
+    system: usize,
+) -> Result<Prompt> {
     let limit = session.len() + session.room();
     loop {
-        let ids = encode_chat(speaker.tokenizer, messages)?;
-        if ids.len() <= limit - limit / 4 || messages.len() <= system + 1 {
-            return Ok(ids);
+        let prompt = chat.prompt(messages, speaker.args.enable_thinking())?;
+        if prompt.ids.len() <= limit - limit / 4 || messages.len() <= system + 1 {
+            return Ok(prompt);
         }
         messages.drain(system..system + 2); // A user's message and its answer.
         eprintln!(

@@ -17,6 +17,8 @@ use minijinja::machinery::{Span, ast};
 use minijinja::value::{Kwargs, StringInput, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State};
 
+use super::python;
+
 /// Bytes of strings and lists that a rendering may make, and how many more for each byte of the conversation.
 const MADE: (usize, usize) = (8 << 20, 64);
 /// Bytes that a rendering may look at, by comparing, searching or counting.
@@ -172,7 +174,7 @@ impl Budget {
         let size = self.size(value)?;
         let length = if value.as_str().is_some() { size.bytes } else { size.total().saturating_mul(6) };
         self.make(length.saturating_add(room.len()))?;
-        Ok(value.to_string())
+        python::text(value)
     }
 
     fn concat(&self, left: Value, right: Value) -> Result<Value, Error> {
@@ -247,7 +249,7 @@ impl Budget {
         put!("#concat" concat(l, r), "#add" add(l, r), "#mul" mul(l, r));
 
         let budget = Arc::clone(self);
-        environment.set_formatter(move |out, state, value| {
+        environment.set_formatter(move |out, _, value| {
             match value.as_str() {
                 Some(text) => budget.make(text.len())?,
                 None => {
@@ -255,7 +257,13 @@ impl Budget {
                     budget.make(size.total().saturating_mul(6).max(8))?;
                 }
             }
-            minijinja::escape_formatter(out, state, value)
+            Ok(out.write_str(&python::text(value)?)?)
+        });
+        let budget = Arc::clone(self);
+        environment.add_filter("string", move |value: &Value| budget.text(value, ""));
+        let budget = Arc::clone(self);
+        environment.add_filter("tojson", move |value: &Value, options: Kwargs| {
+            python::to_json(value, options, |text| budget.make(text.len()))
         });
         let budget = Arc::clone(self);
         environment.add_filter("replace", move |text: &str, from: &str, to: &str| {
@@ -339,7 +347,7 @@ impl Budget {
                     }
                     "join" => args.first().map_or(Ok(()), |list| budget.join(list, text))?,
                     "format" => budget.format(text)?,
-                    "split" => {
+                    "split" | "rsplit" => {
                         let pieces = argument(0).map_or_else(
                             || text.split_whitespace().count(),
                             |separator| text.matches(separator).count() + 1,
@@ -350,7 +358,10 @@ impl Budget {
                     _ => {}
                 }
             }
-            minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
+            match python::method(value, method, args) {
+                Some(made) => Ok(made),
+                None => minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args),
+            }
         });
     }
 }

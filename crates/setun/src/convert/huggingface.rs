@@ -13,7 +13,7 @@ use crate::recommended::Recommended;
 use crate::tokenizer::Tokenizer;
 
 /// Files that belong to a model and say nothing about how its weights are stored.
-pub(crate) const COMPANIONS: [&str; 12] = [
+pub(crate) const COMPANIONS: [&str; 13] = [
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -23,6 +23,7 @@ pub(crate) const COMPANIONS: [&str; 12] = [
     "merges.txt",
     "generation_config.json",
     "chat_template.jinja",
+    "chat_template.json",
     "LICENSE",
     "LICENSE.txt",
     "NOTICE",
@@ -245,8 +246,20 @@ pub(super) fn write_files(
             "model_max_length": job.config.max_positions,
         }),
     )?;
-    if let Some(template) = tokenizer.chat_template() {
-        write_text(&folder.join("chat_template.jinja"), template)?;
+    for template in tokenizer.chat_templates() {
+        let more = folder.join("additional_chat_templates");
+        let path = match template.name.as_str() {
+            "default" => folder.join("chat_template.jinja"),
+            // A name from a file is no path.
+            name if !name.is_empty()
+                && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)) =>
+            {
+                std::fs::create_dir_all(&more).map_err(|e| ModelError::write(&more, e))?;
+                more.join(format!("{name}.jinja"))
+            }
+            _ => continue,
+        };
+        write_text(&path, &template.source)?;
     }
     Ok(true)
 }
@@ -256,6 +269,14 @@ fn copy_companions(from: &Path, to: &Path, notes: &mut Vec<String>) -> Result<bo
         let (source, target) = (from.join(name), to.join(name));
         if source.is_file() {
             std::fs::copy(&source, &target).map_err(|e| ModelError::write(&target, e))?;
+        }
+    }
+    let more = "additional_chat_templates";
+    for entry in std::fs::read_dir(from.join(more)).into_iter().flatten().flatten() {
+        let target = to.join(more).join(entry.file_name());
+        if entry.path().extension().is_some_and(|end| end == "jinja") && entry.path().is_file() {
+            std::fs::create_dir_all(to.join(more)).map_err(|e| ModelError::write(&to.join(more), e))?;
+            std::fs::copy(entry.path(), &target).map_err(|e| ModelError::write(&target, e))?;
         }
     }
     let found = ["tokenizer.json", "tokenizer.model"].iter().any(|name| to.join(name).exists());

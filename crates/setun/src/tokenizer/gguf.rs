@@ -1,8 +1,10 @@
 //! Vocabularies in GGUF metadata: reading `tokenizer.ggml.*`, and writing it.
 
+use super::ends::Ends;
 use super::hf::{self, Added};
 use super::pre::{self, Pre};
 use super::spm::{Algorithm, Charsmap, Kind, Piece, Rules, SPACE, Spm};
+use super::templates::Templates;
 use super::{Engine, Tokenizer, refused};
 use crate::error::ModelError;
 use crate::format::gguf::metadata::required;
@@ -25,10 +27,14 @@ const ADD_EOS: &str = "tokenizer.ggml.add_eos_token";
 const ADD_SPACE_PREFIX: &str = "tokenizer.ggml.add_space_prefix";
 const REMOVE_WHITESPACES: &str = "tokenizer.ggml.remove_extra_whitespaces";
 const CHARSMAP: &str = "tokenizer.ggml.precompiled_charsmap";
-const TEMPLATE: &str = "tokenizer.chat_template";
-/// Other tokens that end generation: end of turn, of message, of text.
-const MORE_ENDS: [&str; 3] =
-    ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id", "tokenizer.ggml.eog_token_id"];
+/// Other tokens that end generation: end of turn, of message, of text; one id or a list.
+const MORE_ENDS: [&str; 5] = [
+    "tokenizer.ggml.eot_token_id",
+    "tokenizer.ggml.eom_token_id",
+    "tokenizer.ggml.eog_token_id",
+    "tokenizer.ggml.eog_token_ids",
+    "tokenizer.ggml.eos_token_ids",
+];
 
 pub(super) fn read(metadata: &Metadata) -> Result<Tokenizer, ModelError> {
     let model = required(MODEL, metadata.str(MODEL)?)?;
@@ -49,11 +55,15 @@ pub(super) fn read(metadata: &Metadata) -> Result<Tokenizer, ModelError> {
         _ => sentence_piece(metadata, vocabulary, Algorithm::Unigram)?,
     };
     for key in MORE_ENDS {
-        let id = token_id(metadata, key, tokenizer.vocab_size)?;
-        tokenizer.eos.extend(id.filter(|id| !tokenizer.eos.contains(id)));
+        let ids = match metadata.get(key).and_then(Value::as_array) {
+            Some(ids) => ids.to_i64s().unwrap_or_default(),
+            None => token_id(metadata, key, tokenizer.vocab_size)?.map(i64::from).into_iter().collect(),
+        };
+        let within = ids.into_iter().filter_map(|id| u32::try_from(id).ok());
+        tokenizer.ends.extend(within.filter(|&id| (id as usize) < tokenizer.vocab_size), key);
     }
     tokenizer.add_known_ends();
-    tokenizer.chat_template = metadata.str(TEMPLATE)?.map(str::to_owned);
+    tokenizer.templates = Templates::of_gguf(metadata)?;
     Ok(tokenizer)
 }
 
@@ -142,14 +152,13 @@ fn set_ends(
 ) -> Result<(), ModelError> {
     tokenizer.bos = token_id(metadata, BOS, tokenizer.vocab_size)?.or(tokenizer.bos);
     let eos = token_id(metadata, EOS, tokenizer.vocab_size)?;
-    if let Some(eos) = eos {
-        tokenizer.eos.retain(|&id| id != eos);
-        tokenizer.eos.insert(0, eos);
-    }
+    let mut ends = Ends::of(eos, EOS);
+    ends.append(&tokenizer.ends);
+    tokenizer.ends = ends;
     let before = metadata.bool(ADD_BOS)?.unwrap_or(defaults.0);
     let after = metadata.bool(ADD_EOS)?.unwrap_or(defaults.1);
     tokenizer.before = tokenizer.bos.filter(|_| before).into_iter().collect();
-    tokenizer.after = tokenizer.eos.first().copied().filter(|_| after).into_iter().collect();
+    tokenizer.after = tokenizer.ends.first().filter(|_| after).into_iter().collect();
     Ok(())
 }
 
@@ -236,7 +245,7 @@ fn word_piece(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Tokenizer,
     let cls = id("tokenizer.ggml.cls_token_id", "[CLS]")?.or(token_id(metadata, BOS, size)?);
     let sep = id("tokenizer.ggml.seperator_token_id", "[SEP]")?.or(token_id(metadata, EOS, size)?);
     tokenizer.bos = cls;
-    tokenizer.eos = sep.into_iter().collect();
+    tokenizer.ends = Ends::of(sep, "the separator");
     tokenizer.before = cls.into_iter().collect();
     tokenizer.after = sep.into_iter().collect();
     Ok(tokenizer)
@@ -344,11 +353,11 @@ pub(super) fn write(tokenizer: &Tokenizer) -> Result<Vec<(String, Value)>, Model
     if let Some(bos) = tokenizer.bos {
         put(BOS, Value::U32(bos));
     }
-    if let Some(&eos) = tokenizer.eos.first() {
+    if let Some(eos) = tokenizer.ends.first() {
         put(EOS, Value::U32(eos));
     }
     let expected_before: Vec<u32> = tokenizer.bos.into_iter().collect();
-    let expected_after: Vec<u32> = tokenizer.eos.first().copied().into_iter().collect();
+    let expected_after: Vec<u32> = tokenizer.ends.first().into_iter().collect();
     for (key, ids, expected) in
         [(ADD_BOS, &tokenizer.before, expected_before), (ADD_EOS, &tokenizer.after, expected_after)]
     {
@@ -357,9 +366,7 @@ pub(super) fn write(tokenizer: &Tokenizer) -> Result<Vec<(String, Value)>, Model
         }
         put(key, Value::Bool(!ids.is_empty()));
     }
-    if let Some(template) = &tokenizer.chat_template {
-        put(TEMPLATE, Value::String(template.clone()));
-    }
+    entries.extend(tokenizer.templates.gguf_entries());
     Ok(entries)
 }
 

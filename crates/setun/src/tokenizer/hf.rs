@@ -4,6 +4,7 @@
 //! checked here first; anything else that panics inside it is caught and becomes an error.
 
 use super::decode::Spelling;
+use super::ends::Ends;
 use super::spm::{Algorithm, Charsmap, Kind, SPACE, Spm};
 use super::{Engine, Tokenizer, refused};
 use crate::error::ModelError;
@@ -19,6 +20,7 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
 use super::pre::Pre;
+use super::templates::Templates;
 
 type Inner = tokenizers::Tokenizer;
 
@@ -33,7 +35,7 @@ pub(super) fn from_json(bytes: &[u8]) -> Result<Tokenizer, ModelError> {
     let mut tokenizer = wrap(inner)?;
     (tokenizer.before, tokenizer.after) = surroundings(&tokenizer)?;
     tokenizer.bos = tokenizer.before.first().copied();
-    tokenizer.eos = tokenizer.after.last().copied().into_iter().collect();
+    tokenizer.ends = Ends::of(tokenizer.after.last().copied(), "tokenizer.json: post_processor");
     tokenizer.add_known_ends();
     Ok(tokenizer)
 }
@@ -53,10 +55,10 @@ pub(super) fn wrap(inner: Inner) -> Result<Tokenizer, ModelError> {
         special: special.map(|(id, _)| id).collect(),
         vocab_size: largest.map_or(0, |id| id as usize + 1),
         bos: None,
-        eos: Vec::new(),
+        ends: Ends::default(),
         before: Vec::new(),
         after: Vec::new(),
-        chat_template: None,
+        templates: Templates::default(),
         engine: Engine::Hf(Box::new(inner)),
     })
 }

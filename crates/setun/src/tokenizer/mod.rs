@@ -8,6 +8,7 @@
 //! Whatever a file claims is checked before it is used; docs/tokenizers.md lists what is refused.
 
 mod decode;
+mod ends;
 mod find;
 mod folder;
 mod gguf;
@@ -16,32 +17,19 @@ mod pre;
 mod sentencepiece;
 mod spm;
 mod stream;
+mod templates;
 
 pub use stream::StreamDecoder;
+pub use templates::NamedTemplate;
 
 use crate::error::ModelError;
 use crate::format::gguf::{Metadata, Value};
 use decode::{DecodeState, Spelling};
+use ends::Ends;
 use spm::{Kind, Spm};
 use std::collections::HashSet;
 use std::path::Path;
-
-/// Names that end a turn or a text, whatever the file declares (as llama.cpp treats them).
-const END_NAMES: [&str; 13] = [
-    "<|eot_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|eom_id|>",
-    "<EOT>",
-    "_<EOT>",
-    "<｜end▁of▁sentence｜>",
-    "<end_of_utterance>",
-    "<|return|>",
-    "<|call|>",
-];
+use templates::{DEFAULT, Templates};
 
 /// A vocabulary with the rules for using it.
 #[derive(Debug)]
@@ -52,11 +40,11 @@ pub struct Tokenizer {
     special: HashSet<u32>,
     vocab_size: usize,
     bos: Option<u32>,
-    eos: Vec<u32>,
+    ends: Ends,
     /// Ids that `add_special` puts before and after a text.
     before: Vec<u32>,
     after: Vec<u32>,
-    chat_template: Option<String>,
+    templates: Templates,
 }
 
 #[derive(Debug)]
@@ -113,7 +101,7 @@ impl Tokenizer {
 
     /// Reads a model folder in Hugging Face's layout: `tokenizer.json`, else `tokenizer.model`; then BOS,
     /// EOS and the chat template from `tokenizer_config.json`, `generation_config.json`, `config.json`
-    /// and `chat_template.jinja`, as far as they exist.
+    /// and `chat_template.jinja` (and its kin, see [`Tokenizer::chat_templates`]), as far as they exist.
     ///
     /// # Errors
     /// [`ModelError::Read`] if neither tokenizer file exists, [`ModelError::Tokenizer`] with the file's
@@ -133,10 +121,10 @@ impl Tokenizer {
             special,
             vocab_size: spm.pieces.len(),
             bos: spm.bos,
-            eos: spm.eos.into_iter().collect(),
+            ends: Ends::of(spm.eos, "the vocabulary's own EOS"),
             before,
             after,
-            chat_template: None,
+            templates: Templates::default(),
             engine: Engine::Spm(Box::new(spm)),
         };
         tokenizer.add_known_ends();
@@ -254,7 +242,12 @@ impl Tokenizer {
 
     /// Every id that ends generation, the declared one first.
     pub fn eos_ids(&self) -> &[u32] {
-        &self.eos
+        self.ends.ids()
+    }
+
+    /// [`Tokenizer::eos_ids`], each with the files and keys that name it.
+    pub fn ends(&self) -> impl Iterator<Item = (u32, &[&'static str])> {
+        self.ends.iter()
     }
 
     /// Whether the token is a control token (BOS, EOS, end of turn), which `skip_special` leaves out.
@@ -264,7 +257,17 @@ impl Tokenizer {
 
     /// The model's chat template, as Jinja source; see [`crate::chat`].
     pub fn chat_template(&self) -> Option<&str> {
-        self.chat_template.as_deref()
+        self.templates.get(DEFAULT).map(|template| template.source.as_str())
+    }
+
+    /// Every chat template of the model's files by name; [`Tokenizer::chat_template`] is the one named `default`.
+    pub fn chat_templates(&self) -> &[NamedTemplate] {
+        &self.templates.list
+    }
+
+    /// What a user should know about where the templates are: places that contradict each other, say.
+    pub fn template_notes(&self) -> &[String] {
+        &self.templates.notes
     }
 
     /// Text of a `tokenizer.json` that encodes and decodes as this tokenizer does. Of a SentencePiece
@@ -287,9 +290,9 @@ impl Tokenizer {
 
     /// Adds the well-known end tokens that the vocabulary has as control tokens.
     fn add_known_ends(&mut self) {
-        for name in END_NAMES {
+        for name in ends::NAMES {
             match self.token_to_id(name) {
-                Some(id) if self.special.contains(&id) && !self.eos.contains(&id) => self.eos.push(id),
+                Some(id) if self.special.contains(&id) => self.ends.add(id, "its name"),
                 _ => {}
             }
         }

@@ -14,6 +14,8 @@ const WINDOW: usize = 8;
 pub struct StreamDecoder<'t> {
     tokenizer: &'t Tokenizer,
     skip_special: bool,
+    /// Special tokens that give text all the same.
+    shown: Vec<u32>,
     state: DecodeState,
     bytes: Vec<u8>,
     // Only for decoders that need neighbours: ids since `emitted` characters of their text were given out.
@@ -24,8 +26,14 @@ pub struct StreamDecoder<'t> {
 impl<'t> StreamDecoder<'t> {
     /// Starts at the beginning of a text. With `skip_special`, control tokens give no text.
     pub fn new(tokenizer: &'t Tokenizer, skip_special: bool) -> Self {
-        let (bytes, ids, emitted) = Default::default();
-        Self { tokenizer, skip_special, state: DecodeState::default(), bytes, ids, emitted }
+        let (shown, bytes, ids, emitted) = Default::default();
+        Self { tokenizer, skip_special, shown, state: DecodeState::default(), bytes, ids, emitted }
+    }
+
+    /// Lets these control tokens through: tags that the reader of the text looks for.
+    pub fn showing(mut self, ids: &[u32]) -> Self {
+        self.shown = ids.to_vec();
+        self
     }
 
     /// Takes the next id and returns the text that has become certain, possibly none.
@@ -33,7 +41,8 @@ impl<'t> StreamDecoder<'t> {
     /// # Errors
     /// [`ModelError::Tokenizer`] if the tokenizer's decoder refuses.
     pub fn push(&mut self, id: u32) -> Result<String, ModelError> {
-        if self.tokenizer.push_bytes(id, self.skip_special, &mut self.state, &mut self.bytes) {
+        let skip = self.skip_special && !self.shown.contains(&id);
+        if self.tokenizer.push_bytes(id, skip, &mut self.state, &mut self.bytes) {
             return Ok(lossy_prefix(&mut self.bytes));
         }
         self.ids.push(id);

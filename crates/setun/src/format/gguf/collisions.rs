@@ -25,6 +25,16 @@ impl Span<'_> {
     }
 }
 
+/// `1 tensor`, `12 tensors`.
+fn tensors(n: usize) -> String {
+    format!("{n} tensor{}", if n == 1 { "" } else { "s" })
+}
+
+/// `its one tensor`, `all 12 tensors`.
+pub(super) fn all(n: usize) -> String {
+    if n == 1 { "its one tensor".to_owned() } else { format!("all {}", tensors(n)) }
+}
+
 /// I2_S of bitnet.cpp; formerly IQ4_NL_4_4.
 const I2_S: u32 = types::I2_S;
 /// TL1 of bitnet.cpp; formerly IQ4_NL_8_8.
@@ -57,23 +67,23 @@ pub(super) fn decide(
         I2_S => return i2_s(spans, alignment, options.i2s, older),
         TL1 if spans.iter().all(older) => {
             let evidence =
-                format!("type 38 is IQ4_NL_8_8, by the sizes of all {total} tensors, which is not read");
+                format!("type 38 is IQ4_NL_8_8, by the sizes of {}, which is not read", all(total));
             (Encoding::Other("IQ4_NL_8_8 (removed)".into()), evidence)
         }
         TL1 => {
             let evidence =
-                format!("type 38 ({total} tensors) is TL1 of bitnet.cpp, which is not read: its {tiles}");
+                format!("type 38 ({}) is TL1 of bitnet.cpp, which is not read: its {tiles}", tensors(total));
             (Encoding::Other(format!("TL1, whose {tiles},")), evidence)
         }
         MXFP4 if spans.iter().all(|s| s.takes(Encoding::MXFP4.byte_len(s.shape), alignment)) => {
             let evidence =
-                format!("type 39 is MXFP4, by the sizes of all {total} tensors; TL2 takes less than half");
+                format!("type 39 is MXFP4, by the sizes of {}; TL2 takes less than half", all(total));
             (Encoding::MXFP4, evidence)
         }
         MXFP4 => {
             let evidence = format!(
-                "type 39 ({total} tensors) does not have the sizes of MXFP4, so it is TL2 of bitnet.cpp, which is not \
-                 read: its {tiles}"
+                "type 39 ({}) does not have the sizes of MXFP4, so it is TL2 of bitnet.cpp, which is not read: its {tiles}",
+                tensors(total)
             );
             (Encoding::Other(format!("TL2, whose {tiles},")), evidence)
         }
@@ -101,7 +111,7 @@ fn i2_s(
             ));
         }
     }
-    let read = format!("type 36 ({} tensors) is read as I2_S", spans.len());
+    let read = format!("type 36 ({}) is read as I2_S", tensors(spans.len()));
     let evidence = match layout {
         I2sLayout::X86 => format!(
             "{read} in blocks of 128, as published files are; blocks of 64 (ARM builds since late 2025) and \

@@ -10,7 +10,7 @@
 
 use std::fmt;
 
-use super::collisions::Span;
+use super::collisions::{Span, all};
 use crate::format::{Encoding, Type42};
 
 /// Blocks of each tensor whose contents are looked at.
@@ -93,7 +93,8 @@ pub(super) fn decide(
             let why = "is of type 42, which is Q2_0 in groups of 64 or of 128 weights, and the sizes in this file fit \
                        both: the option `type42` must say group64 or group128";
             let evidence = format!(
-                "type 42 is not decided: Q2_0 in groups of 64 and of 128 both fit the sizes of all {total} tensors"
+                "type 42 is not decided: Q2_0 in groups of 64 and of 128 both fit the sizes of {}",
+                all(total)
             );
             return Ok((Encoding::Undecided { name: "Q2_0 (groups of 64 or 128)", why }, evidence));
         }
@@ -139,8 +140,9 @@ pub(super) fn decide(
 
 fn by_size(group: Group, telling: &Span<'_>, total: usize) -> String {
     format!(
-        "type 42 is Q2_0 in groups of {group}: they fit the sizes of all {total} tensors, while `{}` takes {} bytes \
+        "type 42 is Q2_0 in groups of {group}: they fit the sizes of {}, while `{}` takes {} bytes \
          and {}",
+        all(total),
         telling.name,
         telling.bytes.len(),
         need(group.other(), telling)
