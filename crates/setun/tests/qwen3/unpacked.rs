@@ -311,4 +311,17 @@ fn a_llama_with_a_scale_per_shard_is_weight_only_and_keeps_its_bits_through_gguf
     let report = convert(&file, &out, &options, &mut |_| {}).unwrap();
     assert_eq!((report.ternary_layers, report.max_error), (7, None));
     assert_eq!(bits(&Checkpoint::open(&out).unwrap()), expected);
+    // Scales of shards are applied in integer products too.
+    let int8 = |path: &Path| {
+        let options = EngineOptions { activations: Some(ActivationType::Int8), ..EngineOptions::default() };
+        let engine = Engine::open(path, &options).unwrap();
+        let mut session = engine.session(KvType::F32, None);
+        session.feed_all(&[1, 60, 7, 7], None).unwrap().to_vec()
+    };
+    let exact: Vec<f32> = expected.iter().map(|&bits| f32::from_bits(bits)).collect();
+    let spread = exact.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    for path in [folder.path(), &out] {
+        let gap = largest_gap(&int8(path), &exact);
+        assert!(gap > 0.0 && gap < 0.05 * spread, "{gap} of {spread}");
+    }
 }
