@@ -151,7 +151,8 @@ impl Source for Reader<'_> {
             group.scales.push(kind);
         }
         self.ternary_weights += rows * cols;
-        for &scale in values {
+        // A group without weights other than 0 has the scale 0, which says nothing.
+        for &scale in values.iter().filter(|scale| **scale != 0.0) {
             let (low, high) = self.found.scale_range.unwrap_or((scale, scale));
             self.found.scale_range = Some((low.min(scale), high.max(scale)));
         }
