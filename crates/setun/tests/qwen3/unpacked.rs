@@ -236,3 +236,92 @@ fn mlx_settings_and_values_that_are_not_ternary_are_refused_by_name() {
     let error = with(two(), &|bytes| bytes[bias] ^= 1).unwrap_err();
     assert!(error.contains("`model.layers.0.mlp.up_proj.biases`") && error.contains("negated"), "{error}");
 }
+
+#[test]
+fn a_llama_with_a_scale_per_shard_is_weight_only_and_keeps_its_bits_through_gguf() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 32, "tie_word_embeddings": false, "torch_dtype": "float16",
+    });
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let matrices = [
+        ("model.embed_tokens", 64, 128),
+        ("lm_head", 64, 128),
+        ("model.layers.0.self_attn.q_proj", 128, 128),
+        ("model.layers.0.self_attn.k_proj", 128, 128),
+        ("model.layers.0.self_attn.v_proj", 128, 128),
+        ("model.layers.0.self_attn.o_proj", 128, 128),
+        ("model.layers.0.mlp.gate_proj", 256, 128),
+        ("model.layers.0.mlp.up_proj", 256, 128),
+        ("model.layers.0.mlp.down_proj", 128, 256),
+    ];
+    let norms = ["model.norm", "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm"];
+    let mut tensors = Vec::new();
+    for (n, (name, rows, cols)) in matrices.into_iter().enumerate() {
+        let value = |i: usize| {
+            let (row, noise) = (i / cols, (i as u32 + 977 * n as u32).wrapping_mul(2_654_435_761) >> 16);
+            let trit = (noise % 3) as f32 - 1.0;
+            match n {
+                // Embedding and head are floats, as TriLM's are.
+                0 | 1 => (noise % 101) as f32 / 64.0 - 0.75,
+                // Shards of rows, one of which cuts through a head.
+                _ => trit * if 4 * row < rows { 0.0625 } else { 0.125 },
+            }
+        };
+        tensors.push((
+            format!("{name}.weight"),
+            vec![rows, cols],
+            (0..rows * cols).map(value).collect::<Vec<_>>(),
+        ));
+    }
+    tensors.extend(norms.map(|name| (format!("{name}.weight"), vec![128], vec![1.0; 128])));
+    let spec = |(name, shape, _): &(String, Vec<usize>, Vec<f32>)| TensorSpec {
+        name: name.clone(),
+        shape: shape.clone(),
+        encoding: Encoding::F32,
+    };
+    let path = folder.path().join("model.safetensors");
+    let mut writer = SafetensorsWriter::create(&path, &[], tensors.iter().map(spec).collect()).unwrap();
+    for (_, _, values) in &tensors {
+        writer.tensor(&values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>()).unwrap();
+    }
+    writer.finish().unwrap();
+    let bits = |file: &Checkpoint| {
+        let options = EngineOptions { threads: Some(2), ..EngineOptions::default() };
+        let engine = Engine::load(file, ModelConfig::of(file).unwrap(), &options).unwrap();
+        assert_eq!(engine.activations(), ActivationType::Float);
+        let mut session = engine.session(KvType::F32, None);
+        let logits = session.feed_all(&[1, 60, 7, 7], None).unwrap();
+        logits.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+    };
+    let file = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(storage(&file), Some(Storage::FloatCopies));
+    let found = survey(&file, &ModelConfig::of(&file).unwrap()).unwrap();
+    let ternary = &found.packing["F32 holding ternary values"];
+    assert_eq!((ternary.tensors, found.packing["F32"].tensors), (7, 2));
+    assert_eq!(ternary.scales, ["block 32x128", "block 64x128", "block 32x256"]);
+    let expected = bits(&file);
+    let as_floats = OpenOptions { weights: FloatWeights::Float, ..OpenOptions::default() };
+    let floats = Checkpoint::open_with(folder.path(), as_floats).unwrap();
+    assert_eq!(bits(&floats), expected, "the same weights as floats");
+    let out = folder.path().join("m.gguf");
+    let options = ConvertOptions { verify: true, without_tokenizer: true, ..ConvertOptions::default() };
+    let report = convert(&file, &out, &options, &mut |_| {}).unwrap();
+    assert_eq!((report.ternary_layers, report.max_error), (7, None));
+    assert_eq!(bits(&Checkpoint::open(&out).unwrap()), expected);
+    // Scales of shards are applied in integer products too.
+    let int8 = |path: &Path| {
+        let options = EngineOptions { activations: Some(ActivationType::Int8), ..EngineOptions::default() };
+        let engine = Engine::open(path, &options).unwrap();
+        let mut session = engine.session(KvType::F32, None);
+        session.feed_all(&[1, 60, 7, 7], None).unwrap().to_vec()
+    };
+    let exact: Vec<f32> = expected.iter().map(|&bits| f32::from_bits(bits)).collect();
+    let spread = exact.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    for path in [folder.path(), &out] {
+        let gap = largest_gap(&int8(path), &exact);
+        assert!(gap > 0.0 && gap < 0.05 * spread, "{gap} of {spread}");
+    }
+}
