@@ -8,6 +8,8 @@ use crate::ops::DeltaNet;
 pub const MAX_CONV_KERNEL: usize = 16;
 /// The state of a head is the square of this; published models have 128.
 const MAX_HEAD: usize = 512;
+/// Value heads times their width, 6144 in the largest published model: a small file must not ask for gigabytes of state.
+const MAX_INNER: usize = 1 << 16;
 
 /// Which of a gated DeltaNet's value heads read the same key head, of `k` key heads with `r` value heads each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +96,11 @@ impl Hybrid {
                 expected,
             ));
         }
+        if self.value_heads * self.head_dim > MAX_INNER {
+            let found = format!("{} of width {}", self.value_heads, self.head_dim);
+            let expected = format!("at most {MAX_INNER} values in all");
+            return Err(value_error("linear_num_value_heads / ssm.time_step_rank", found, expected));
+        }
         match self.layers.len() == layers {
             true => Ok(()),
             false => Err(value_error("layer_types", self.layers.len(), format!("{layers} layers"))),
@@ -115,6 +122,26 @@ mod tests {
         assert_eq!(tiled, [0, 3, 1, 4, 2, 5]);
         assert_eq!(grouped.iter().map(|&j| tiled[j]).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5]);
         assert_eq!(HeadOrder::Tiled.places(HeadOrder::Tiled, 2, 4), [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn shapes_whose_state_would_dwarf_their_weights_are_refused() {
+        let of = |value_heads, head_dim| Hybrid {
+            layers: vec![true],
+            key_heads: 1,
+            value_heads,
+            head_dim,
+            conv_kernel: 4,
+            order: HeadOrder::Grouped,
+            draft_layers: 0,
+            rope_sections: Vec::new(),
+        };
+        assert!(of(48, 128).check(1).is_ok() && of(128, 512).check(1).is_ok());
+        for (wrong, named) in [(of(129, 512), "time_step_rank"), (of(1, 513), "state_size")] {
+            let error = wrong.check(1).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
+        assert!(of(48, 128).check(2).unwrap_err().to_string().contains("layer_types"));
     }
 
     #[test]
