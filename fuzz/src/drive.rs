@@ -70,7 +70,10 @@ pub fn tokenizer_json(data: &[u8]) -> bool {
     tokenizer.is_ok_and(|tokenizer| {
         // Some of the input is text too, so that pieces of the vocabulary occur in it.
         let tail = String::from_utf8_lossy(&data[data.len().saturating_sub(200)..]).into_owned();
-        use_tokenizer(&tokenizer, &["Once upon a  time, café 12345\n\n", "<s>[INST] 日本語 \u{1f600}\u{301}</s>", &tail]);
+        use_tokenizer(
+            &tokenizer,
+            &["Once upon a  time, café 12345\n\n", "<s>[INST] 日本語 \u{1f600}\u{301}</s>", &tail],
+        );
         true
     })
 }
@@ -81,7 +84,13 @@ pub fn chat_template(data: &[u8]) -> bool {
     let Some(Ok(source)) = parts.next().map(std::str::from_utf8) else { return false };
     let given = parts.next().and_then(|json| serde_json::from_slice::<Vec<[String; 2]>>(json).ok());
     let messages = given.map_or_else(
-        || vec![Message::new("system", "Be brief."), Message::new("user", "Hi\n"), Message::new("assistant", "<think>a</think>b")],
+        || {
+            vec![
+                Message::new("system", "Be brief."),
+                Message::new("user", "Hi\n"),
+                Message::new("assistant", "<think>a</think>b"),
+            ]
+        },
         |pairs| pairs.into_iter().map(|[role, content]| Message::new(role, content)).collect(),
     );
     render(source, &messages)

@@ -232,7 +232,8 @@ fn table(report: &Report) -> String {
         output::rate(report.peaks.float_gflop_per_s),
     );
     let memory = report.peak_rss_bytes.map_or("unknown".into(), output::bytes);
-    text += &format!("loaded in {:.2} s, peak memory {memory} (mapped files left out)\n\n", report.load_seconds);
+    text +=
+        &format!("loaded in {:.2} s, peak memory {memory} (mapped files left out)\n\n", report.load_seconds);
     text += "phase    tokens  kernel  threads     tok/s    median   share of limit\n";
     for r in &report.results {
         let limit = if r.phase == "decode" { "read bandwidth" } else { "arithmetic" };

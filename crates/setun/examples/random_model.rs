@@ -63,7 +63,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let bytes: Vec<u8> = match spec.encoding {
             Encoding::F32 => 1f32.to_le_bytes().repeat(count),
             // Between ± 0.0078 and ± 0.03: exponents 8 and 9.
-            Encoding::F16 => (0..count).flat_map(|_| (0x2000 | random() as u16 & 0x87ff).to_le_bytes()).collect(),
+            Encoding::F16 => {
+                (0..count).flat_map(|_| (0x2000 | random() as u16 & 0x87ff).to_le_bytes()).collect()
+            }
             // Four codes of 0 to 2, then the scale and its padding.
             _ => {
                 let code = |bits: u64| (bits % 3) as u8;

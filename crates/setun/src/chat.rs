@@ -342,7 +342,9 @@ mod tests {
         let twice = |what: &str| {
             format!("{{% set x = ['ab'] %}}{{% set s = 'ab' %}}{}{{{{ s }}}}{{{{ x }}}}", what.repeat(60))
         };
-        let loops = |body: &str| format!("{{% set s = 'ab' * 100000 %}}{{% for i in range(99999) %}}{body}{{% endfor %}}");
+        let loops = |body: &str| {
+            format!("{{% set s = 'ab' * 100000 %}}{{% for i in range(99999) %}}{body}{{% endfor %}}")
+        };
         let raw = "x".repeat(50_000);
         for source in [
             "{{ 'a' * 1000000000 }}".to_owned(),
@@ -368,8 +370,15 @@ mod tests {
             twice("{% set x = (x, x) %}"),
             twice("{% set x = {'a': x, 'b': x} %}"),
             twice("{% set x = x | map('replace', 'a', s) | list + x %}{% set s = s ~ s %}"),
-            format!("{{% set s = 'a' * 100000 %}}{{% set x = [{}] %}}{{{{ x | map('upper') | list }}}}", "s, ".repeat(500)),
-            format!("{{% macro f(x) %}}{{{{ x }}}}{{{{ x }}}}{{% endmacro %}}{{{{ {}'ab'{} }}}}", "f(".repeat(60), ")".repeat(60)),
+            format!(
+                "{{% set s = 'a' * 100000 %}}{{% set x = [{}] %}}{{{{ x | map('upper') | list }}}}",
+                "s, ".repeat(500)
+            ),
+            format!(
+                "{{% macro f(x) %}}{{{{ x }}}}{{{{ x }}}}{{% endmacro %}}{{{{ {}'ab'{} }}}}",
+                "f(".repeat(60),
+                ")".repeat(60)
+            ),
             format!("{{% set s %}}{{% for i in range(99999) %}}{raw}{{% endfor %}}{{% endset %}}"),
             loops("{{ s }}"),
             loops("{% set t = s.split('a') %}"),
@@ -392,15 +401,27 @@ mod tests {
     #[test]
     fn paying_for_operations_changes_no_result() {
         for (source, expected) in [
-            ("{{ 1 + 2 }} {{ 1 + 2.5 }} {{ 2 * 3 }} {{ 1.5 * 2 }} {{ true + 1 }} {{ 2 ** 10 }} {{ 7 // 2 }}", "3 3.5 6 3.0 2 1024 3"),
+            (
+                "{{ 1 + 2 }} {{ 1 + 2.5 }} {{ 2 * 3 }} {{ 1.5 * 2 }} {{ true + 1 }} {{ 2 ** 10 }} {{ 7 // 2 }}",
+                "3 3.5 6 3.0 2 1024 3",
+            ),
             ("{{ 'a' + 'b' ~ 1 ~ none ~ [1, 'x'] }}", "ab1None[1, 'x']"),
             ("{{ ([1] + [2, 3]) | join('-') }} {{ (1,) + (2,) }} {{ 'ab' * 2 }}", "1-2-3 (1, 2) abab"),
-            ("{{ [1, 2, 3] | map('string') | join }} {{ 'x\ny' | indent(2) }} {{ '%03d' | format(7) }}", "123 x\n  y 007"),
+            (
+                "{{ [1, 2, 3] | map('string') | join }} {{ 'x\ny' | indent(2) }} {{ '%03d' | format(7) }}",
+                "123 x\n  y 007",
+            ),
             ("{{ missing ~ 'a' }}{{ missing | default('d') }}{{ messages[0].content[::-1][:5] }}", "ad'uoy'"),
             ("{% filter upper %}a{{ 'b' }}{% endfilter %}{% set t | trim %} c {% endset %}{{ t }}", "ABc"),
             ("{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}{{ 'a,b'.split(',')[1] }}", "a1b"),
-            ("{% macro f(x, y=2) %}{{ x }}{{ y }}{{ caller() }}{% endmacro %}{% call f(1) %}z{% endcall %}", "12z"),
-            ("{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}", "123"),
+            (
+                "{% macro f(x, y=2) %}{{ x }}{{ y }}{{ caller() }}{% endmacro %}{% call f(1) %}z{% endcall %}",
+                "12z",
+            ),
+            (
+                "{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}",
+                "123",
+            ),
         ] {
             assert_eq!(render(source).unwrap(), expected, "{source}");
         }

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use minijinja::machinery::ast::{
     AutoEscape, BinOp, BinOpKind, Call, CallArg, CallBlock, Compare, CompareOp, Do, EmitExpr, Expr, Filter,
-    FilterBlock, ForLoop, GetAttr, GetItem, IfCond, IfExpr, List, Macro, Map, Set, SetBlock, Slice, Spanned, Stmt,
-    Template, Test, Tuple, UnaryOp, UnaryOpKind, Var, WithBlock,
+    FilterBlock, ForLoop, GetAttr, GetItem, IfCond, IfExpr, List, Macro, Map, Set, SetBlock, Slice, Spanned,
+    Stmt, Template, Test, Tuple, UnaryOp, UnaryOpKind, Var, WithBlock,
 };
 use minijinja::machinery::{Span, ast};
 use minijinja::value::{Kwargs, StringInput, Value, ValueKind};
@@ -29,8 +29,24 @@ const MAX_NODES: usize = 1 << 16;
 const MAX_DEPTH: usize = 64;
 /// Filters whose result is about as long as the text they are given; any other may take it apart into characters.
 const TEXT_FILTERS: [&str; 18] = [
-    "trim", "upper", "lower", "title", "capitalize", "replace", "indent", "format", "string", "tojson", "length", "count",
-    "default", "d", "safe", "int", "float", "join",
+    "trim",
+    "upper",
+    "lower",
+    "title",
+    "capitalize",
+    "replace",
+    "indent",
+    "format",
+    "string",
+    "tojson",
+    "length",
+    "count",
+    "default",
+    "d",
+    "safe",
+    "int",
+    "float",
+    "join",
 ];
 
 /// What a rendering may still make and look at, in bytes.
@@ -242,11 +258,17 @@ impl Budget {
             minijinja::escape_formatter(out, state, value)
         });
         let budget = Arc::clone(self);
-        environment.add_filter("replace", move |text: &str, from: &str, to: &str| budget.replace(text, from, to, None));
+        environment.add_filter("replace", move |text: &str, from: &str, to: &str| {
+            budget.replace(text, from, to, None)
+        });
         let budget = Arc::clone(self);
         environment.add_filter(
             "join",
-            move |state: &mut State, list: &Value, joiner: Option<StringInput>, attribute: Option<&str>, more: Kwargs| {
+            move |state: &mut State,
+                  list: &Value,
+                  joiner: Option<StringInput>,
+                  attribute: Option<&str>,
+                  more: Kwargs| {
                 let named: Option<&str> = if more.has("d") { more.peek("d")? } else { None };
                 budget.join(list, joiner.as_ref().map(StringInput::as_str).or(named).unwrap_or_default())?;
                 minijinja::filters::join(state, list, joiner, attribute, more)
@@ -255,7 +277,11 @@ impl Budget {
         let budget = Arc::clone(self);
         environment.add_filter(
             "indent",
-            move |text: StringInput, width: Option<usize>, first: Option<bool>, blank: Option<bool>, more: Kwargs| {
+            move |text: StringInput,
+                  width: Option<usize>,
+                  first: Option<bool>,
+                  blank: Option<bool>,
+                  more: Kwargs| {
                 let width = width.or(more.get("width")?).unwrap_or(4);
                 let first = first.or(more.get("first")?).unwrap_or(false);
                 let blank = blank.or(more.get("blank")?).unwrap_or(false);
@@ -279,18 +305,24 @@ impl Budget {
         for name in ["zip", "chain", "pprint"] {
             environment.remove_filter(name);
         }
-        for (name, filter) in
-            [("batch", minijinja::filters::batch as fn(&State, Value, usize, Option<Value>) -> Result<Value, Error>), (
-                "slice",
-                minijinja::filters::slice,
-            )]
-        {
-            environment.add_filter(name, move |state: &State, list: Value, count: usize, fill: Option<Value>| {
-                if count > 10_000 {
-                    return Err(refused(format!("`{name}` is asked for {count}, but at most 10000 are accepted")));
-                }
-                filter(state, list, count, fill)
-            });
+        for (name, filter) in [
+            (
+                "batch",
+                minijinja::filters::batch as fn(&State, Value, usize, Option<Value>) -> Result<Value, Error>,
+            ),
+            ("slice", minijinja::filters::slice),
+        ] {
+            environment.add_filter(
+                name,
+                move |state: &State, list: Value, count: usize, fill: Option<Value>| {
+                    if count > 10_000 {
+                        return Err(refused(format!(
+                            "`{name}` is asked for {count}, but at most 10000 are accepted"
+                        )));
+                    }
+                    filter(state, list, count, fill)
+                },
+            );
         }
         environment.remove_global("debug");
 
@@ -330,7 +362,13 @@ fn arithmetic(
     whole: fn(i128, i128) -> Option<i128>,
     real: fn(f64, f64) -> f64,
 ) -> Result<Value, Error> {
-    let impossible = || refused(format!("tried to use {sign} operator on unsupported types {} and {}", left.kind(), right.kind()));
+    let impossible = || {
+        refused(format!(
+            "tried to use {sign} operator on unsupported types {} and {}",
+            left.kind(),
+            right.kind()
+        ))
+    };
     let number = |v: &Value| matches!(v.kind(), ValueKind::Number | ValueKind::Bool);
     if !number(left) || !number(right) {
         return Err(impossible());

@@ -177,8 +177,18 @@ fn the_size_tells_what_38_and_39_are() {
         |id, bytes| open(&Builder::new(3, 1, 0).tensor("a", &[256, 8], id, 0).data(32, bytes)).unwrap();
     for (id, bytes, name, words) in [
         (39, 1088, "MXFP4", "type 39 is MXFP4"),
-        (39, 448, "TL2, whose tile sizes (BM, BY and bm for each shape) are not in the file,", "TL2 of bitnet.cpp"),
-        (38, 512, "TL1, whose tile sizes (BM, BY and bm for each shape) are not in the file,", "TL1 of bitnet.cpp"),
+        (
+            39,
+            448,
+            "TL2, whose tile sizes (BM, BY and bm for each shape) are not in the file,",
+            "TL2 of bitnet.cpp",
+        ),
+        (
+            38,
+            512,
+            "TL1, whose tile sizes (BM, BY and bm for each shape) are not in the file,",
+            "TL1 of bitnet.cpp",
+        ),
         (38, 1152, "IQ4_NL_8_8 (removed)", "IQ4_NL_8_8"),
     ] {
         let file = file(id, bytes);

@@ -242,7 +242,9 @@ impl Tensor<'_> {
                 let rows = 4 * (CHUNK / (4 * row_bytes)).max(1);
                 pool.run_chunks_mut(&mut codes, rows * row_bytes, |chunk, codes| match encoding {
                     Encoding::I2S => ternary_blocks::i2_s(&stored[chunk * rows * row_bytes..], codes),
-                    Encoding::I2SNeon => ternary_blocks::i2_s_neon(&stored[chunk * rows * row_bytes..], codes),
+                    Encoding::I2SNeon => {
+                        ternary_blocks::i2_s_neon(&stored[chunk * rows * row_bytes..], codes)
+                    }
                     _ => ternary_blocks::i2_s_rows4(&stored[chunk * rows / 4 * cols..], cols, codes),
                 });
                 self.one_scale(codes, tail)?
@@ -303,8 +305,12 @@ impl Tensor<'_> {
         let mut codes = vec![0u8; rows * cols / 4];
         let units = (CHUNK / unit.bytes).max(1);
         let outs = codes.chunks_mut((units * unit.weights / 4).max(1));
-        let mut parts: Vec<_> =
-            self.data.chunks(units * unit.bytes).zip(outs).map(|piece| (piece, Ok(ScaleCollector::default()))).collect();
+        let mut parts: Vec<_> = self
+            .data
+            .chunks(units * unit.bytes)
+            .zip(outs)
+            .map(|piece| (piece, Ok(ScaleCollector::default())))
+            .collect();
         pool.run_items(parts.iter_mut().collect(), |_, ((stored, codes), found)| {
             let mut scales = ScaleCollector::default();
             let outs = codes.chunks_exact_mut((unit.weights / 4).max(1));
