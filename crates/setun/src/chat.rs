@@ -153,7 +153,10 @@ fn on_large_stack<T: Send>(work: impl FnOnce() -> Result<T, ModelError> + Send) 
         let thread = thread.map_err(|error| ModelError::ChatTemplate {
             what: format!("no thread with a stack of {STACK} bytes can be had for it: {error}"),
         })?;
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        // The engine is given foreign programs; where it panics, that one is refused.
+        let gave_up =
+            |_| Err(ModelError::ChatTemplate { what: "the template engine gave up on it".to_owned() });
+        thread.join().unwrap_or_else(gave_up)
     })
 }
 
@@ -399,6 +402,12 @@ mod tests {
     }
 
     #[test]
+    fn where_the_engine_panics_the_template_is_refused() {
+        let error = render("{{ ('a' ~ '').strip('a')[::-1] }}").unwrap_err().to_string();
+        assert!(error.contains("gave up"), "{error}");
+    }
+
+    #[test]
     fn paying_for_operations_changes_no_result() {
         for (source, expected) in [
             (
@@ -410,6 +419,10 @@ mod tests {
             (
                 "{{ [1, 2, 3] | map('string') | join }} {{ 'x\ny' | indent(2) }} {{ '%03d' | format(7) }}",
                 "123 x\n  y 007",
+            ),
+            (
+                "{% set e = '' %}{% set l = [] %}{{ e[::-1] }}{{ l[::-1] }}{% set s = 'abc' %}{{ s[::-1] }}{{ s[::2] }}",
+                "[]cbaac",
             ),
             ("{{ missing ~ 'a' }}{{ missing | default('d') }}{{ messages[0].content[::-1][:5] }}", "ad'uoy'"),
             ("{% filter upper %}a{{ 'b' }}{% endfilter %}{% set t | trim %} c {% endset %}{{ t }}", "ABc"),
