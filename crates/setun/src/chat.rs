@@ -163,7 +163,10 @@ fn on_large_stack<T: Send>(work: impl FnOnce() -> Result<T, ModelError> + Send) 
         let thread = thread.map_err(|error| ModelError::ChatTemplate {
             what: format!("no thread with a stack of {STACK} bytes can be had for it: {error}"),
         })?;
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        // The engine is given foreign programs; where it panics, that one is refused.
+        let gave_up =
+            |_| Err(ModelError::ChatTemplate { what: "the template engine gave up on it".to_owned() });
+        thread.join().unwrap_or_else(gave_up)
     })
 }
 
@@ -317,6 +320,106 @@ mod tests {
         let long = "{% set s = 'x' * 100000 %}{% for a in range(5000) %}{{ s }}{% endfor %}";
         assert!(render(long).is_err());
         assert!(render("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}").is_err());
+    }
+
+    #[test]
+    fn templates_that_multiply_are_stopped_before_they_take_memory_or_time() {
+        let twice = |what: &str| {
+            format!("{{% set x = ['ab'] %}}{{% set s = 'ab' %}}{}{{{{ s }}}}{{{{ x }}}}", what.repeat(60))
+        };
+        let loops = |body: &str| {
+            format!("{{% set s = 'ab' * 100000 %}}{{% for i in range(99999) %}}{body}{{% endfor %}}")
+        };
+        let raw = "x".repeat(50_000);
+        for source in [
+            "{{ 'a' * 1000000000 }}".to_owned(),
+            "{{ 99999999 * 'a' }}".to_owned(),
+            "{{ [0] * 99999999 }}".to_owned(),
+            "{{ range(1000000000) }}".to_owned(),
+            "{{ 'a' | indent(1000000000, true) }}".to_owned(),
+            "{{ '%999999999d' | format(1) }}".to_owned(),
+            "{{ '%999999999d'.format(1) }}{{ '{:999999999}'.format(1) }}".to_owned(),
+            "{{ [1] | batch(1000000000, 2) }}".to_owned(),
+            "{{ 'x' | slice(1000000000, 2) }}".to_owned(),
+            twice("{% set s = s ~ s %}"),
+            twice("{% set s = s + s %}"),
+            twice("{% set s %}{{ s }}{{ s }}{% endset %}"),
+            twice("{% set s = s | replace('a', s) %}"),
+            twice("{% set s = s.replace('b', s) %}"),
+            twice("{% set s = (s, s) | join(s) %}"),
+            twice("{% set s = s.join([s, s]) %}"),
+            twice("{% set s = '%s%s' | format(s, s) %}"),
+            twice("{% set s = '{}{}'.format(s, s) %}"),
+            twice("{% set x = x + x %}"),
+            twice("{% set x = [x, x] %}"),
+            twice("{% set x = (x, x) %}"),
+            twice("{% set x = {'a': x, 'b': x} %}"),
+            twice("{% set x = x | map('replace', 'a', s) | list + x %}{% set s = s ~ s %}"),
+            format!(
+                "{{% set s = 'a' * 100000 %}}{{% set x = [{}] %}}{{{{ x | map('upper') | list }}}}",
+                "s, ".repeat(500)
+            ),
+            format!(
+                "{{% macro f(x) %}}{{{{ x }}}}{{{{ x }}}}{{% endmacro %}}{{{{ {}'ab'{} }}}}",
+                "f(".repeat(60),
+                ")".repeat(60)
+            ),
+            format!("{{% set s %}}{{% for i in range(99999) %}}{raw}{{% endfor %}}{{% endset %}}"),
+            loops("{{ s }}"),
+            loops("{% set t = s.split('a') %}"),
+            loops("{% set t = s | upper %}"),
+            loops("{% if s == s ~ '' %}{% endif %}"),
+            loops("{% if 'c' in s %}{% endif %}"),
+            loops("{% set t = s.find('c') %}"),
+            loops("{% set t = s[100] %}"),
+            loops("{% set t = s is eq s %}"),
+            loops("{% set t = s | list | sort %}"),
+        ] {
+            let started = std::time::Instant::now();
+            let result = render(&source);
+            let start: String = source.chars().take(80).collect();
+            assert!(result.is_err(), "{start}: {:?}", result.map(|text| text.len()));
+            assert!(started.elapsed().as_secs() < 10, "{start}: {:?}", started.elapsed());
+        }
+    }
+
+    #[test]
+    fn where_the_engine_panics_the_template_is_refused() {
+        let error = render("{{ ('a' ~ '').strip('a')[::-1] }}").unwrap_err().to_string();
+        assert!(error.contains("gave up"), "{error}");
+    }
+
+    #[test]
+    fn paying_for_operations_changes_no_result() {
+        for (source, expected) in [
+            (
+                "{{ 1 + 2 }} {{ 1 + 2.5 }} {{ 2 * 3 }} {{ 1.5 * 2 }} {{ true + 1 }} {{ 2 ** 10 }} {{ 7 // 2 }}",
+                "3 3.5 6 3.0 2 1024 3",
+            ),
+            ("{{ 'a' + 'b' ~ 1 ~ none ~ [1, 'x'] }}", "ab1None[1, 'x']"),
+            ("{{ ([1] + [2, 3]) | join('-') }} {{ (1,) + (2,) }} {{ 'ab' * 2 }}", "1-2-3 (1, 2) abab"),
+            (
+                "{{ [1, 2, 3] | map('string') | join }} {{ 'x\ny' | indent(2) }} {{ '%03d' | format(7) }}",
+                "123 x\n  y 007",
+            ),
+            (
+                "{% set e = '' %}{% set l = [] %}{{ e[::-1] }}{{ l[::-1] }}{% set s = 'abc' %}{{ s[::-1] }}{{ s[::2] }}",
+                "[]cbaac",
+            ),
+            ("{{ missing ~ 'a' }}{{ missing | default('d') }}{{ messages[0].content[::-1][:5] }}", "ad'uoy'"),
+            ("{% filter upper %}a{{ 'b' }}{% endfilter %}{% set t | trim %} c {% endset %}{{ t }}", "ABc"),
+            ("{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}{{ 'a,b'.split(',')[1] }}", "a1b"),
+            (
+                "{% macro f(x, y=2) %}{{ x }}{{ y }}{{ caller() }}{% endmacro %}{% call f(1) %}z{% endcall %}",
+                "12z",
+            ),
+            (
+                "{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}",
+                "123",
+            ),
+        ] {
+            assert_eq!(render(source).unwrap(), expected, "{source}");
+        }
     }
 
     #[test]

@@ -100,7 +100,7 @@ fn unpacked_and_mlx_folders_compute_the_bits_of_their_gguf_twin_and_convert_to_i
         assert_eq!(storage(&file), Some(kind), "{name}");
         assert_eq!(logits(&file), expected, "{name}");
         // The embedding is ternary too: 7 matrices in each of two layers, and it.
-        let found = survey(&file, &ModelConfig::of(&file).unwrap()).unwrap();
+        let found = survey(&file, Some(&ModelConfig::of(&file).unwrap()), &|_| {}).unwrap();
         let ternary: usize = found.packing.values().filter(|g| g.zeros.is_some()).map(|g| g.tensors).sum();
         assert_eq!((ternary, found.unused.len()), (15, 0), "{name}: {found:?}");
         for (to, linear_type) in [
@@ -187,7 +187,7 @@ fn plain_floats_stay_floats_and_mixtures_are_refused_until_a_choice_is_made() {
         }
     });
     let file = open(embedding.path(), FloatWeights::Ternary);
-    let found = survey(&file, &ModelConfig::of(&file).unwrap()).unwrap();
+    let found = survey(&file, Some(&ModelConfig::of(&file).unwrap()), &|_| {}).unwrap();
     assert_eq!(found.packing["F32"].tensors, 1);
     assert_eq!(found.packing["F32 holding ternary values"].tensors, 14);
 }
@@ -298,7 +298,7 @@ fn a_llama_with_a_scale_per_shard_is_weight_only_and_keeps_its_bits_through_gguf
     };
     let file = Checkpoint::open(folder.path()).unwrap();
     assert_eq!(storage(&file), Some(Storage::FloatCopies));
-    let found = survey(&file, &ModelConfig::of(&file).unwrap()).unwrap();
+    let found = survey(&file, Some(&ModelConfig::of(&file).unwrap()), &|_| {}).unwrap();
     let ternary = &found.packing["F32 holding ternary values"];
     assert_eq!((ternary.tensors, found.packing["F32"].tensors), (7, 2));
     assert_eq!(ternary.scales, ["block 32x128", "block 64x128", "block 32x256"]);

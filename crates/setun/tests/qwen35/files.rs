@@ -150,7 +150,7 @@ fn parameters_bytes_and_unused_tensors_are_those_of_the_file() {
     let config = ModelConfig::of(&file).unwrap();
     let elements: usize = file.tensors().map(|t| t.shape.iter().product::<usize>()).sum();
     assert_eq!(config.parameters(), elements);
-    let found = survey(&file, &config).unwrap();
+    let found = survey(&file, Some(&config), &|_| {}).unwrap();
     assert!(found.unused.is_empty(), "{:?}", found.unused);
     assert_eq!(found.bytes.values().sum::<usize>(), file.tensors().map(|t| t.stored_bytes()).sum::<usize>());
     let matrices = file.tensors().filter(|t| t.shape.len() == 2 && !t.name.contains("conv1d"));
