@@ -308,7 +308,7 @@ impl<'a> Weights<'a> {
     pub fn check_all_used(&self) -> Result<(), ModelError> {
         const PARTS: [&str; 8] =
             ["blk.", "model.", "layers.", "token_embd", "output", "rope_", "lm_head", "transformer."];
-        if self.config.tied && self.file.info("lm_head.weight").is_some() {
+        if self.config.tied && self.config.pooling.is_none() && self.file.info("lm_head.weight").is_some() {
             self.check_tied_copy()?;
         }
         // Derived from the configuration by every reader, or a copy of the embedding.

@@ -25,7 +25,12 @@ fn repr(value: &Value, depth: usize) -> Result<String, Error> {
         ValueKind::String => quoted(value.as_str().unwrap_or_default()),
         ValueKind::Seq | ValueKind::Iterable => {
             let items = value.try_iter()?.map(|item| repr(&item, depth + 1));
-            format!("[{}]", join(items.collect::<Result<_, _>>()?))
+            let items = items.collect::<Result<Vec<_>, _>>()?;
+            match (value.is_tuple(), &items[..]) {
+                (true, [only]) => format!("({only},)"),
+                (true, _) => format!("({})", join(items)),
+                (false, _) => format!("[{}]", join(items)),
+            }
         }
         ValueKind::Map => {
             let pair = |key: Value| {
