@@ -9,6 +9,7 @@ mod known;
 mod rope;
 mod rotation;
 
+pub(crate) use gguf::gguf_activations;
 pub use rope::{Rope, RopeScaling, RopeTable};
 pub use rotation::Rotation;
 

@@ -3,11 +3,12 @@
 //! Here GGUF's names and row order, aliases of sub-norm names and the two scale conventions end: everything after this module
 //! sees a [`TernaryMatrix`], a [`DenseMatrix`] or a plain vector in the order that half-split RoPE expects.
 
+mod stream;
+
 use std::collections::HashSet;
 
 use setun_kernels::dense::{DenseData, DenseMatrix};
 use setun_kernels::matrix::{Scales, TernaryMatrix};
-use setun_kernels::quant;
 
 use crate::config::{ActivationType, ModelConfig, Numerics, RopeScaling, Storage};
 use crate::error::ModelError;
@@ -118,8 +119,7 @@ impl<'a> Weights<'a> {
         let convention = match storage {
             Storage::Masters => {
                 expect_shape(tensor, &[rows, cols])?;
-                let (trits, scale) = quant::quantize_absmean(&finite(tensor)?);
-                return Self::one_scale(tensor.name(), rows, cols, &trits, scale);
+                return stream::masters(tensor, rows, cols);
             }
             Storage::SelfDescribed => {
                 expect_shape(tensor, &[rows, cols])?;
@@ -158,18 +158,6 @@ impl<'a> Weights<'a> {
             Scales::Tensor(_) => rescale(matrix, extra, tensor.name()).map(Weight::Ternary),
             _ => Err(ModelError::tensor(tensor.name(), format!("it has more than one scale: {hint}"))),
         }
-    }
-
-    fn one_scale(
-        name: &str,
-        rows: usize,
-        cols: usize,
-        trits: &[i8],
-        scale: f32,
-    ) -> Result<Weight, ModelError> {
-        TernaryMatrix::from_trits(rows, cols, trits, Scales::Tensor(scale))
-            .map(Weight::Ternary)
-            .map_err(|e| ModelError::tensor(name, e.to_string()))
     }
 
     /// Names of tensors that no part of the model asks for, in file order.
@@ -352,17 +340,6 @@ fn expect_shape(tensor: &Tensor, expected: &[usize]) -> Result<(), ModelError> {
             expected: expected.to_vec(),
             found: tensor.shape().to_vec(),
         }),
-    }
-}
-
-fn finite(tensor: &Tensor) -> Result<Vec<f32>, ModelError> {
-    let values = tensor.to_f32()?;
-    match values.iter().position(|v| !v.is_finite()) {
-        None => Ok(values),
-        Some(index) => Err(ModelError::tensor(
-            tensor.name(),
-            format!("weight {index} is {}, which cannot be rounded to ternary", values[index]),
-        )),
     }
 }
 

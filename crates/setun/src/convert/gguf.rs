@@ -2,25 +2,27 @@
 
 use std::path::Path;
 
-use super::Job;
+use setun_kernels::matrix::Scales;
+
+use super::encode::{cannot, read_ternary};
+use super::losses::GGUF_KEY;
 use super::plan::{Item, Part, Planned};
-use crate::config::ModelConfig;
+use super::{Job, Prepared};
+use crate::config::{ActivationType, ModelConfig, gguf_activations};
 use crate::error::ModelError;
 use crate::format::gguf::{Array, Metadata, Value};
-use crate::format::{Encoding, TensorSpec};
+use crate::format::{Encoding, ScaleConvention, TensorSpec};
 use crate::recommended::Recommended;
 use crate::tokenizer::Tokenizer;
 use crate::weights::gguf_name;
 
-/// The header, the tensors in the order of the file, and whether there is a tokenizer.
-pub(super) fn prepare(
-    job: &Job,
-    output: &Path,
-    notes: &mut Vec<String>,
-) -> Result<(Metadata, Vec<Item>, bool), ModelError> {
+/// The header, and the tensors in the order of the file.
+pub(super) fn prepare(job: &Job, output: &Path) -> Result<(Metadata, Prepared), ModelError> {
+    let (mut losses, mut notes) = (Vec::new(), Vec::new());
     check(job)?;
     let keys = job.config.to_gguf()?;
-    let items = items(job, notes)?;
+    let items = items(job)?;
+    check_activations(job, &items, &mut losses)?;
     let mut metadata = Metadata::new();
     for (key, value) in keys.iter().filter(|(key, _)| key == "general.architecture") {
         metadata.insert(key.clone(), value.clone());
@@ -35,8 +37,44 @@ pub(super) fn prepare(
     for (key, value) in keys.into_iter().filter(|(key, _)| key != "general.architecture") {
         metadata.insert(key, value);
     }
-    let tokenizer = tokenizer(job, &mut metadata, notes)?;
-    Ok((metadata, items, tokenizer))
+    let tokenizer = tokenizer(job, &mut metadata, &mut losses, &mut notes)?;
+    let scales = ScaleConvention::Multiply;
+    let losses = job.all_losses(&items, scales, losses)?;
+    if !losses.is_empty() {
+        metadata.insert(GGUF_KEY, Value::Array(Array::String(losses.clone())));
+    }
+    Ok((metadata, Prepared { items, scales, tokenizer, losses, notes }))
+}
+
+/// Readers of GGUF tell from the types what layers are multiplied with, so some types would change that.
+fn check_activations(job: &Job, items: &[Item], losses: &mut Vec<String>) -> Result<(), ModelError> {
+    let Some(first) = job.planned.iter().find(|p| p.is_block_linear() && p.ternary) else { return Ok(()) };
+    let in_blocks = items.iter().filter(|item| item.spec.name.starts_with("blk."));
+    let types: Vec<&Encoding> =
+        in_blocks.map(|item| &item.spec.encoding).filter(|encoding| encoding.is_ternary()).collect();
+    let several = || {
+        let matrix = first.role.map(|role| read_ternary(job, first, role));
+        matches!(matrix, Some(Ok(matrix)) if !matches!(matrix.scales(), Scales::Tensor(_)))
+    };
+    let rotated = job.config.rotation.is_some();
+    let found = gguf_activations(job.config.family, &types, rotated, several);
+    let (found, defined) = (found.unwrap_or(ActivationType::Float), job.config.activations());
+    if found == defined {
+        return Ok(());
+    }
+    let written = items.iter().find(|item| item.spec.name == gguf_name(&first.name));
+    let encoding = written.map_or("GGUF", |item| item.spec.encoding.name());
+    let advice = match defined {
+        ActivationType::Int8 => "i2_s, or tq1_0 or tq2_0 outside Qwen3",
+        ActivationType::Float => "q2_0, pq2_0 or ptq1_0, tq1_0 or tq2_0 in Qwen3, or f16",
+    };
+    job.lose(losses, format!("{defined} activations: readers multiply these layers with {found} ones"), || {
+        let why = format!(
+            "readers of GGUF would multiply it with {found} activations, but the model defines {defined} ones: use {advice}, \
+             or accept that (--allow-loss)"
+        );
+        cannot(first, encoding, why)
+    })
 }
 
 /// Models whose layers GGUF would describe wrongly.
@@ -50,6 +88,24 @@ fn check(job: &Job) -> Result<(), ModelError> {
             return refuse(
                 planned,
                 "it is ternary, but readers of GGUF take the output head for floating point",
+            );
+        }
+        let rounding = matches!(job.options.linear_type, Some(Encoding::Q6K | Encoding::Q4_0));
+        if planned.ternary && planned.is_block_linear() && job.config.sub_norms && rounding {
+            return refuse(
+                planned,
+                "readers of GGUF's BitNet architectures expect ternary values, which q6_k and q4_0 do not keep: use i2_s, tq1_0, \
+                 tq2_0, f32, f16, bf16 or q8_0",
+            );
+        }
+        let ternary = |encoding: &Encoding| encoding.is_ternary();
+        if planned.ternary
+            && job.config.inner_norm_eps.is_some()
+            && !job.options.linear_type.as_ref().is_none_or(ternary)
+        {
+            return refuse(
+                planned,
+                "readers look for the extra norm inside it beside ternary types alone: use i2_s, tq1_0 or tq2_0",
             );
         }
         let float = planned.is_block_linear() && !planned.ternary;
@@ -69,7 +125,7 @@ fn check(job: &Job) -> Result<(), ModelError> {
     Ok(())
 }
 
-fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
+fn items(job: &Job) -> Result<Vec<Item>, ModelError> {
     let mut items = Vec::with_capacity(job.planned.len() + 1);
     if let Some(divisors) = job.config.rope_divisors() {
         let name = "rope_freqs.weight".to_owned();
@@ -80,16 +136,10 @@ fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
         let encoding = match (planned.role, planned.ternary) {
             // Readers expect vectors in full precision.
             (None, _) => Encoding::F32,
-            (Some(_), true) => {
-                let asked = match planned.is_block_linear() {
-                    true => job.options.linear_type.clone(),
-                    // Where embedding and head are ternary too, one type is meant for all.
-                    false => job.options.embedding_type.clone().or(job.options.linear_type.clone()),
-                };
-                // I2_S says that activations are rounded, which weight-only models do not do.
-                let own = if job.is_weight_only() { planned.stored.clone() } else { Encoding::I2S };
-                asked.unwrap_or(own)
-            }
+            (Some(_), true) => match ternary_type(job, planned) {
+                Some(encoding) => encoding,
+                None => job.float_type(planned),
+            },
             (Some(_), false) => job.float_type(planned),
         };
         let cols = planned.shape.last().copied().unwrap_or(0);
@@ -101,15 +151,49 @@ fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
             true => heads(job.config, &planned.name),
             false => None,
         };
-        items.push(Item { spec, part: Part::Tensor(index), interleave });
-    }
-    let copies = |i: &Item| matches!(i.part, Part::Tensor(n) if job.planned[n].ternary && !i.spec.encoding.is_ternary());
-    if !job.config.sub_norms && !job.is_weight_only() && items.iter().any(copies) {
-        let note = "ternary layers are written as floats that readers of `llama` no longer take for ternary: their \
-                    activations are not quantised any more";
-        notes.push(note.into());
+        // Blocks of floats have no other form that keeps them as small, so they go along as they are.
+        let same = job.file.gguf_metadata().is_some() && planned.role.is_some() && !planned.ternary;
+        items.push(match same && spec.encoding == planned.stored {
+            true => Item { spec, part: Part::Verbatim(index), interleave: None },
+            false => Item { spec, part: Part::Tensor(index), interleave },
+        });
     }
     Ok(items)
+}
+
+/// The ternary type of a ternary matrix; `None` where it becomes floats.
+fn ternary_type(job: &Job, planned: &Planned) -> Option<Encoding> {
+    let linear = job.options.linear_type.as_ref();
+    if planned.is_block_linear() {
+        // I2_S says that activations are rounded, which weight-only models do not do.
+        let own = || match job.is_weight_only() {
+            true => own_ternary(planned),
+            false => Encoding::I2S,
+        };
+        return Some(linear.cloned().unwrap_or_else(own)).filter(Encoding::is_ternary);
+    }
+    if job.options.embedding_type.is_some() {
+        return None;
+    }
+    match linear {
+        // Where embedding and head are ternary too, one type is meant for all; but readers of I2_S expect floats there.
+        Some(Encoding::I2S) => None,
+        Some(asked) => Some(asked.clone()).filter(Encoding::is_ternary),
+        None => Some(own_ternary(planned)),
+    }
+}
+
+/// The type of a weight-only ternary matrix that was not asked for another: its own where that is written.
+fn own_ternary(planned: &Planned) -> Encoding {
+    match &planned.stored {
+        Encoding::Q1_0 => Encoding::PQ2_0,
+        Encoding::IQ1BN | Encoding::IQ2BN | Encoding::I2S | Encoding::I2SNeon | Encoding::I2SRows4 => {
+            Encoding::Q2_0G64
+        }
+        own if own.is_ternary() && own.block().is_some() => own.clone(),
+        // Ternary values in another container: the smallest groups hold every larger one.
+        _ => Encoding::Q2_0G64,
+    }
 }
 
 fn no_whole_blocks(planned: &Planned, cols: usize, encoding: &Encoding) -> ModelError {
@@ -136,10 +220,19 @@ fn heads(config: &ModelConfig, name: &str) -> Option<usize> {
 fn general(job: &Job, output: &Path, items: &[Item], metadata: &mut Metadata) {
     const OURS: [&str; 4] =
         ["general.architecture", "general.file_type", "general.quantization_version", "general.alignment"];
-    // What a model says about itself (name, licence, authors) goes along.
+    // What a model says about itself (name, licence, authors) goes along, and keys that are nobody's here.
     for (key, value) in job.file.gguf_metadata().into_iter().flat_map(Metadata::iter) {
-        if key.starts_with("general.") && !OURS.contains(&key) {
+        let group = key.split('.').next().unwrap_or(key);
+        let handled = ["tokenizer", "prism", "setun", "split", "quantize"].contains(&group);
+        let own = job.file.gguf_metadata().and_then(|m| m.str("general.architecture").ok().flatten())
+            == Some(group);
+        if !OURS.contains(&key) && !handled && !own {
             metadata.insert(key, value.clone());
+        }
+    }
+    for (key, value) in job.file.header_metadata().iter().filter(|(key, _)| key.starts_with("general.")) {
+        if !OURS.contains(&key.as_str()) {
+            metadata.insert(key.clone(), Value::String(value.clone()));
         }
     }
     if metadata.get("general.name").is_none() {
@@ -150,14 +243,24 @@ fn general(job: &Job, output: &Path, items: &[Item], metadata: &mut Metadata) {
     }
     // The type of the linear layers, in the numbering of llama.cpp and, for I2_S, bitnet.cpp.
     let linear = items.iter().find(|i| match i.part {
-        Part::Tensor(n) => job.planned[n].is_block_linear() && (job.planned[n].ternary || !job.is_ternary()),
+        Part::Tensor(n) | Part::Verbatim(n) => {
+            job.planned[n].is_block_linear() && (job.planned[n].ternary || !job.is_ternary())
+        }
         _ => false,
     });
     let file_type = match linear.map(|i| &i.spec.encoding) {
         Some(Encoding::F16) => 1,
         Some(Encoding::Q4_0) => 2,
+        Some(Encoding::Q4_1) => 3,
         Some(Encoding::Q8_0) => 7,
+        Some(Encoding::Q5_0) => 8,
+        Some(Encoding::Q5_1) => 9,
+        Some(Encoding::Q2K) => 10,
+        Some(Encoding::Q3K) => 12,
+        Some(Encoding::Q4K) => 15,
+        Some(Encoding::Q5K) => 17,
         Some(Encoding::Q6K) => 18,
+        Some(Encoding::IQ4NL) => 25,
         Some(Encoding::BF16) => 32,
         Some(Encoding::TQ1_0) => 36,
         Some(Encoding::TQ2_0) => 37,
@@ -172,8 +275,14 @@ fn general(job: &Job, output: &Path, items: &[Item], metadata: &mut Metadata) {
     metadata.insert("general.quantization_version", Value::U32(2));
 }
 
-fn tokenizer(job: &Job, metadata: &mut Metadata, notes: &mut Vec<String>) -> Result<bool, ModelError> {
+fn tokenizer(
+    job: &Job,
+    metadata: &mut Metadata,
+    losses: &mut Vec<String>,
+    notes: &mut Vec<String>,
+) -> Result<bool, ModelError> {
     let options = job.options;
+    losses.extend(job.tokenizer_left_out());
     let own;
     let tokenizer = match (options.tokenizer, job.file.gguf_metadata()) {
         _ if options.without_tokenizer => None,
@@ -203,7 +312,7 @@ fn tokenizer(job: &Job, metadata: &mut Metadata, notes: &mut Vec<String>) -> Res
         }
         None => notes.push("there is no tokenizer in it".into()),
     }
-    token_ids(job, tokenizer, metadata)?;
+    token_ids(job, tokenizer, metadata, losses)?;
     Ok(tokenizer.is_some())
 }
 
@@ -238,7 +347,12 @@ fn padded(key: &str, value: Value, vocab_size: usize) -> Result<Value, ModelErro
 }
 
 /// The ids that the model's own files name and the tokenizer's keys do not yet.
-fn token_ids(job: &Job, tokenizer: Option<&Tokenizer>, metadata: &mut Metadata) -> Result<(), ModelError> {
+fn token_ids(
+    job: &Job,
+    tokenizer: Option<&Tokenizer>,
+    metadata: &mut Metadata,
+    losses: &mut Vec<String>,
+) -> Result<(), ModelError> {
     const BOS: &str = "tokenizer.ggml.bos_token_id";
     if let (None, Some(id)) = (metadata.get(BOS), job.config.bos) {
         metadata.insert(BOS, Value::U32(id));
@@ -250,16 +364,32 @@ fn token_ids(job: &Job, tokenizer: Option<&Tokenizer>, metadata: &mut Metadata) 
     for id in &keys {
         written.extend(metadata.u64(id)?.and_then(|id| u32::try_from(id).ok()));
     }
+    let mut homeless = Vec::new();
     for id in ends {
         if written.contains(&id) {
             continue;
         }
-        if let Some(key) = keys.iter().find(|key| metadata.get(key).is_none()) {
-            metadata.insert(key.clone(), Value::U32(id));
-            written.push(id);
+        written.push(id);
+        match keys.iter().find(|key| metadata.get(key).is_none()) {
+            Some(key) => {
+                metadata.insert(key.clone(), Value::U32(id));
+            }
+            // Those that readers find by their names need no key.
+            None if job.config.eos.contains(&id) => homeless.push(id),
+            None => {}
         }
     }
-    Ok(())
+    if homeless.is_empty() {
+        return Ok(());
+    }
+    job.lose(losses, format!("end tokens: GGUF has no key for the ids {homeless:?}"), || {
+        ModelError::ConfigValue {
+            field: "eos_token_id".into(),
+            found: format!("{} ids", job.config.eos.len()),
+            expected: "at most 3, for which GGUF has keys: leave some out, or accept that (--allow-loss)"
+                .into(),
+        }
+    })
 }
 
 #[cfg(test)]

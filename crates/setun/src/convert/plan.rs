@@ -35,6 +35,17 @@ impl Planned {
             _ => Encoding::F32,
         }
     }
+
+    /// The narrowest type that keeps its ternary values as floats: F16 where its scales are f16.
+    pub(super) fn copy_type(&self) -> Encoding {
+        match &self.stored {
+            Encoding::Q1_0 | Encoding::Q2_0G64 | Encoding::Q2_0G128 | Encoding::PQ2_0 | Encoding::PTQ1_0 => {
+                Encoding::F16
+            }
+            Encoding::TQ1_0 | Encoding::TQ2_0 | Encoding::IQ1BN => Encoding::F16,
+            _ => self.own_float(),
+        }
+    }
 }
 
 /// Every tensor that `config` asks for, in the order of the forward pass. [`Model::build`] is the one table of them.
@@ -84,6 +95,10 @@ impl Source for Collector<'_> {
 pub(super) enum Part {
     /// The planned tensor at this index.
     Tensor(usize),
+    /// The planned tensor at this index, byte for byte.
+    Verbatim(usize),
+    /// Four codes to a byte of the planned tensor at this index, whose scale is stored in this type.
+    Packed(usize, Encoding),
     /// The `weight_scale` beside the packed tensor at this index.
     Scale(usize),
     /// Values that no input tensor holds.

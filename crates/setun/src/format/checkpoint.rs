@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::gguf::{self, Metadata};
@@ -68,9 +69,10 @@ impl Checkpoint {
                 Ok(checkpoint)
             }
             safetensors::Found::Index(index) => {
-                let (files, tensors) = safetensors::open_sharded(&index)?;
+                let (files, header) = safetensors::open_sharded(&index)?;
                 let mut checkpoint = Self::new(path, CheckpointKind::Safetensors, files, true);
-                checkpoint.set_tensors(tensors);
+                checkpoint.set_tensors(header.tensors);
+                checkpoint.header = header.metadata;
                 Ok(checkpoint)
             }
         }
@@ -220,8 +222,14 @@ impl Checkpoint {
     /// Tells the system that a tensor's pages are not needed for now. A hint, for loading tensor by
     /// tensor in bounded memory; the tensor can be read again.
     pub fn release(&self, info: &TensorInfo) {
+        self.release_part(info, 0..info.range.len());
+    }
+
+    /// As [`release`](Self::release), for some of its stored bytes.
+    pub(crate) fn release_part(&self, info: &TensorInfo, part: Range<usize>) {
         if let Some(file) = self.files.get(info.file) {
-            file.release(info.range.clone());
+            let start = info.range.start;
+            file.release(start + part.start..(start + part.end).min(info.range.end));
         }
     }
 
