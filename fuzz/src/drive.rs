@@ -115,7 +115,7 @@ fn open(path: &Path) -> bool {
     }
     let _ = Recommended::of(&file);
     let Ok(config) = ModelConfig::of(&file) else { return false };
-    let _ = setun::inspect::survey(&file, &config).map(drop);
+    let _ = setun::inspect::survey(&file, Some(&config), &|_| {}).map(drop);
     let vocabulary = config.vocab_size as u32;
     let options = EngineOptions { threads: Some(1), ..EngineOptions::default() };
     let Ok(engine) = Engine::load(&file, config, &options) else { return false };
