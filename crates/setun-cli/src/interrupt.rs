@@ -37,6 +37,11 @@ impl Interrupt {
         self.0[ASKED].load(Ordering::Relaxed)
     }
 
+    /// What becomes true when the work is to stop, for a library to look at.
+    pub fn flag(&self) -> &AtomicBool {
+        &self.0[ASKED]
+    }
+
     /// The work is over.
     pub fn end(&self) {
         self.0[WORKING].store(false, Ordering::Relaxed);

@@ -645,3 +645,42 @@ fn weights_says_what_float_matrices_are() {
     assert_eq!(facts["packing"]["MLX 2-bit"]["tensors"], 15);
     assert!(facts["model"]["numerics"].as_str().unwrap().starts_with("W1.58A16"), "{facts}");
 }
+
+#[cfg(unix)]
+#[test]
+fn a_disk_that_refuses_more_bytes_ends_in_a_message_and_no_half_file() {
+    let folder = tempfile::tempdir().unwrap();
+    for (to, out) in [("gguf", "m.gguf"), ("hf", "m")] {
+        let out = folder.path().join(out);
+        // Files may have 50 KiB, the model needs 300.
+        let script = "ulimit -f 100; trap '' XFSZ; exec \"$0\" \"$@\"";
+        let mut command = Command::new("sh");
+        command.args(["-c", script, env!("CARGO_BIN_EXE_setun"), "convert", &small()]);
+        let output = command.arg(&out).args(["--to", to]).stdin(Stdio::null()).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert!(error.contains("cannot write") && error.contains("File too large"), "{error}");
+        assert!(error.contains(&out.display().to_string()) && !error.contains(".converting"), "{error}");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn convert_refuses_a_loss_by_name_and_prints_the_one_that_was_allowed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, out) = (golden("llama-bitnet-packed"), folder.path().join("m.gguf").display().to_string());
+    let source = source.display().to_string();
+    let args = ["convert", &source, &out, "--to", "gguf", "--type", "tq2_0", "--verify"];
+    assert!(failure(&args, 1).contains("half precision"));
+    let done = setun(&[&args[..], &["--allow-loss", "--json"]].concat());
+    let report: Value = serde_json::from_str(&text_of(&done)).unwrap();
+    let said = String::from_utf8(done.stderr).unwrap();
+    let loss = report["losses"][0].as_str().unwrap();
+    assert!(said.contains(&format!("loss: {loss}")) && loss.contains("ternary scales"), "{said}");
+    let keys = report["verified"]["keys"].as_array().unwrap();
+    assert!(keys.len() > 20 && said.contains(&format!("{} facts", keys.len())), "{said}");
+    for (wrong, hint) in [(["--shard-size", "big"], "5GB"), (["--type", "tl1"], "tq1_0")] {
+        let args = ["convert", &source, &out, "--to", "hf", wrong[0], wrong[1]];
+        assert!(failure(&args, 2).contains(hint));
+    }
+}

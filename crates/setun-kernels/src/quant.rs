@@ -42,7 +42,33 @@ fn scale_of_sum(total: f64, count: usize) -> f32 {
 ///
 /// A NaN among the weights gives 1e-5, an infinity gives infinity; check for finite weights first.
 pub fn absmean_scale(weights: &[f32]) -> f32 {
-    scale_of_sum(weights.chunks(SUM_CHUNK).map(abs_sum).sum(), weights.len())
+    let mut mean = AbsMean::default();
+    mean.push(weights);
+    mean.scale()
+}
+
+/// [`absmean_scale`] of weights that come in pieces, with the same bits.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AbsMean {
+    total: f64,
+    count: usize,
+}
+
+impl AbsMean {
+    /// Every piece but the last must be a multiple of this many weights.
+    pub const PIECE: usize = SUM_CHUNK;
+
+    /// Takes the next piece. Panics after one that was no multiple of [`AbsMean::PIECE`].
+    pub fn push(&mut self, weights: &[f32]) {
+        assert!(self.count.is_multiple_of(SUM_CHUNK), "a piece after the last");
+        self.total = weights.chunks(SUM_CHUNK).map(abs_sum).fold(self.total, |total, sum| total + sum);
+        self.count += weights.len();
+    }
+
+    /// The scale of all pieces so far.
+    pub fn scale(&self) -> f32 {
+        scale_of_sum(self.total, self.count)
+    }
 }
 
 /// [`absmean_scale`] on all threads of `pool`, with the same bits.

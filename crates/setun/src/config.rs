@@ -15,6 +15,7 @@ mod rope;
 mod rotation;
 
 pub use experts::Experts;
+pub(crate) use gguf::gguf_activations;
 pub use hybrid::{HeadOrder, Hybrid, MAX_CONV_KERNEL};
 pub use provenance::{Fact, Origin};
 pub use rope::{Rope, RopeScaling, RopeTable};

@@ -3,30 +3,38 @@
 //! [`Model::build`](crate::model::Model::build) says which tensors a configuration has, [`Weights`] reads each in
 //! its canonical form, and the target's types write it: so every pair of formats works without a table of pairs.
 //! Trits and their scales come back bit for bit or the conversion is refused; floats are narrowed only to a type
-//! that was asked for, and the report says by how much. Tensors are handled one at a time, into a hidden sibling of
+//! that was asked for. What is lost on request is named in the report and in the output itself, see [`losses`].
+//! Tensors are handled one at a time, large ones in pieces, into a hidden sibling of
 //! the output that takes its name when everything, the read-back of its own header included, is right.
 //!
 //! What each target cannot say is in docs/format.md.
 
 mod encode;
+mod facts;
 mod gguf;
 mod huggingface;
+mod losses;
 mod plan;
+mod regroup;
 mod staging;
 mod verify;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::config::{ActivationType, HeadOrder, Hybrid, ModelConfig, Numerics, RopeScaling};
+use crate::config::{ActivationType, HeadOrder, ModelConfig};
 use crate::error::ModelError;
 use crate::format::gguf::GgufWriter;
-use crate::format::{Checkpoint, Encoding, SafetensorsWriter, ScaleConvention, TensorSpec};
+use crate::format::{Checkpoint, DEFAULT_SHARD_SIZE, Encoding, ScaleConvention, ShardedWriter, TensorSpec};
+use crate::model::Role;
+use crate::ops::Rotate;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 use encode::Encoder;
 #[cfg(feature = "hub")]
 pub(crate) use huggingface::COMPANIONS;
+pub use losses::losses;
 use plan::{Item, Planned};
 use staging::Staging;
 pub use verify::Verified;
@@ -39,6 +47,16 @@ pub enum Target {
     Gguf,
     /// A folder as Hugging Face models have it: safetensors, `config.json`, tokenizer files.
     HuggingFace,
+}
+
+impl Target {
+    /// In which order it has the value heads of gated DeltaNet layers.
+    fn order(self) -> HeadOrder {
+        match self {
+            Self::Gguf => HeadOrder::Tiled,
+            Self::HuggingFace => HeadOrder::Grouped,
+        }
+    }
 }
 
 /// What a conversion chooses. The default keeps every value.
@@ -59,12 +77,18 @@ pub struct ConvertOptions<'a> {
     pub tokenizer: Option<&'a Tokenizer>,
     /// Write none.
     pub without_tokenizer: bool,
-    /// Allow scales to be rounded to the target's precision, and what the notes of the report then name.
-    pub lossy: bool,
+    /// Write what the target cannot hold without a loss, and name the loss in the report and the output: scales rounded
+    /// or merged, other activations, a rotation turned back, end tokens without a key. What would make another model of
+    /// it is refused all the same.
+    pub allow_loss: bool,
+    /// Bytes of tensors in one file of a Hugging Face folder; `None`: [`DEFAULT_SHARD_SIZE`].
+    pub shard_size: Option<u64>,
     /// Replace an existing output.
     pub force: bool,
     /// Read the output back and compare every tensor before it gets its name.
     pub verify: bool,
+    /// Becomes true when the conversion is to stop, which it does after the tensor at hand.
+    pub stop: Option<&'a AtomicBool>,
 }
 
 /// Where a conversion is.
@@ -106,6 +130,8 @@ pub struct ConvertReport {
     pub max_scale_error: f32,
     /// Whether a tokenizer was written.
     pub tokenizer: bool,
+    /// What was changed or left out, here and in conversions before this one, as the output says it too.
+    pub losses: Vec<String>,
     /// What the reader of the output should know.
     pub notes: Vec<String>,
     /// What the comparison with the input covered, where it was asked for.
@@ -116,8 +142,8 @@ pub struct ConvertReport {
 ///
 /// # Errors
 /// [`ModelError::CannotEncode`] and [`ModelError::ConfigValue`] name what the target cannot hold;
-/// [`ModelError::Format`] an output that exists or does not read back; else as reading `file` gives them. The output
-/// is then as it was before.
+/// [`ModelError::Format`] an output that exists or does not read back; [`ModelError::Stopped`] where that was asked for; else as
+/// reading `file` gives them. The output is then as it was before.
 pub fn convert(
     file: &Checkpoint,
     output: &Path,
@@ -125,80 +151,103 @@ pub fn convert(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<ConvertReport, ModelError> {
     // Tensors go from the order of one file to that of the other, not to the one in which the model is run.
-    let order = match options.target {
-        Target::Gguf => HeadOrder::Tiled,
-        Target::HuggingFace => HeadOrder::Grouped,
-    };
-    let config = ModelConfig::of(file)?.with_order(order);
+    let config = ModelConfig::of(file)?.with_order(options.target.order());
     let weights = Weights::new(file, &config);
     weights.check_all_used()?;
     weights.check_scale_convention()?;
     let planned = plan::tensors(file, &config)?;
-    check_types(&config, &planned, options)?;
     let job = Job { file, config: &config, planned: &planned, options };
-    let folder = options.target == Target::HuggingFace;
-    let mut notes = Vec::new();
-    let staging = Staging::create(output, folder, options.force)?;
-    let input_bytes = planned.iter().map(|p| p.bytes as u64).sum();
+    check_types(&job)?;
+    let staging = Staging::create(output, options.target == Target::HuggingFace, options.force)?;
+    let report = build(&job, output, &staging, progress).map_err(|error| staging.outside(error))?;
+    staging.finish()?;
+    Ok(report)
+}
+
+/// What is to be written, decided before the first byte.
+struct Prepared {
+    items: Vec<Item>,
+    scales: ScaleConvention,
+    tokenizer: bool,
+    losses: Vec<String>,
+    notes: Vec<String>,
+}
+
+fn build(
+    job: &Job,
+    output: &Path,
+    staging: &Staging,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<ConvertReport, ModelError> {
+    let options = job.options;
+    let input_bytes = job.planned.iter().map(|p| p.bytes as u64).sum();
     let total = input_bytes * (1 + u64::from(options.verify));
-    let mut encoder = Encoder::new(&job);
     let mut at = 0;
-    let (items, tokenizer) = match options.target {
+    let mut done = |tensor: &str, bytes: u64| {
+        at += bytes;
+        progress(Progress { done: at, total, tensor });
+        match options.stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+            false => Ok(()),
+            true => Err(ModelError::Stopped),
+        }
+    };
+    let (prepared, encoder) = match options.target {
         Target::Gguf => {
-            let (metadata, items, tokenizer) = gguf::prepare(&job, output, &mut notes)?;
-            let specs = items.iter().map(|i| i.spec.clone()).collect();
-            let writer = GgufWriter::create(&staging.path, &metadata, specs)?;
-            write(&job, writer, &items, &mut encoder, &mut |tensor, bytes| {
-                at += bytes;
-                progress(Progress { done: at, total, tensor });
-            })?;
-            (items, tokenizer)
+            let (metadata, prepared) = gguf::prepare(job, output)?;
+            let mut encoder = Encoder::new(job, prepared.scales);
+            let writer = GgufWriter::create(&staging.path, &metadata, specs(&prepared.items))?;
+            write(job, writer, &prepared.items, &mut encoder, &mut done)?;
+            (prepared, encoder)
         }
         Target::HuggingFace => {
-            let (items, scales) = huggingface::items(&job, &mut notes)?;
-            encoder.convention = scales;
-            let specs = items.iter().map(|i| i.spec.clone()).collect();
-            let writer = SafetensorsWriter::create(&staging.path.join("model.safetensors"), &[], specs)?;
-            write(&job, writer, &items, &mut encoder, &mut |tensor, bytes| {
-                at += bytes;
-                progress(Progress { done: at, total, tensor });
-            })?;
-            let tokenizer = huggingface::write_files(&job, &staging.path, &items, scales, &mut notes)?;
-            (items, tokenizer)
+            let prepared = huggingface::prepare(job, &staging.path)?;
+            let mut encoder = Encoder::new(job, prepared.scales);
+            let size = options.shard_size.unwrap_or(DEFAULT_SHARD_SIZE);
+            let header = huggingface::header(job);
+            let writer = ShardedWriter::create(&staging.path, &header, specs(&prepared.items), size)?;
+            write(job, writer, &prepared.items, &mut encoder, &mut done)?;
+            (prepared, encoder)
         }
     };
     let written = Checkpoint::open(&staging.path)?;
-    let read_back = ModelConfig::of(&written)?.with_order(order);
-    if let Some(field) = difference(&job, &read_back) {
+    let read_back = ModelConfig::of(&written)?.with_order(options.target.order());
+    let facts = facts::compare(job, &read_back);
+    if let Some(field) = facts.iter().find(|(_, same)| !same).map(|(field, _)| field) {
         let what = format!("cannot hold this model: `{field}` would be read back differently");
         return Err(ModelError::format(output, what));
     }
+    Weights::new(&written, &read_back).check_all_used()?;
     let verified = match options.verify {
         false => None,
-        true => Some(verify::verify(&job, &written, &read_back, &encoder, &mut |tensor, bytes| {
-            at += bytes;
-            progress(Progress { done: at, total, tensor });
-        })?),
+        true => {
+            let mut seen = verify::verify(job, &written, &read_back, &encoder, &mut done)?;
+            seen.keys.extend(facts.iter().map(|(field, _)| *field));
+            seen.keys.extend(facts::verify_files(job, &written, output, &prepared.losses)?);
+            Some(seen)
+        }
     };
     drop(written);
     let mut types = BTreeMap::new();
-    for item in &items {
+    for item in &prepared.items {
         *types.entry(item.spec.encoding.name().to_owned()).or_insert(0) += 1;
     }
-    let report = ConvertReport {
+    Ok(ConvertReport {
         input_bytes,
         output_bytes: staging.bytes()?,
-        tensors: items.len(),
-        ternary_layers: planned.iter().filter(|p| p.ternary).count(),
+        tensors: prepared.items.len(),
+        ternary_layers: job.planned.iter().filter(|p| p.ternary).count(),
         types,
-        max_error: encoder.max_error(),
-        max_scale_error: encoder.scale_error,
-        tokenizer,
-        notes,
+        max_error: encoder.tally.max_error(),
+        max_scale_error: encoder.tally.scale_error(None),
+        tokenizer: prepared.tokenizer,
+        losses: prepared.losses,
+        notes: prepared.notes,
         verified,
-    };
-    staging.finish()?;
-    Ok(report)
+    })
+}
+
+fn specs(items: &[Item]) -> Vec<TensorSpec> {
+    items.iter().map(|item| item.spec.clone()).collect()
 }
 
 /// What all steps of one conversion look at.
@@ -223,28 +272,95 @@ impl<'a> Job<'a> {
         self.planned.iter().any(|p| p.ternary)
     }
 
+    /// Whether ternary layers become the packed bytes of a Hugging Face folder. Their loaders round activations, so those of
+    /// weight-only models do on request alone.
+    fn packs(&self) -> bool {
+        self.options.target == Target::HuggingFace
+            && self.is_ternary()
+            && (!self.is_weight_only() || self.options.scales.is_some())
+    }
+
+    /// The type asked for, for this matrix; none is for routers.
+    fn asked(&self, planned: &Planned) -> Option<&Encoding> {
+        match planned.is_block_linear() {
+            true => self.options.linear_type.as_ref(),
+            false => self.options.embedding_type.as_ref().filter(|_| !planned.is_router()),
+        }
+    }
+
+    /// Whether rounding it was asked for with its type.
+    fn asked_to_round(&self, planned: &Planned) -> bool {
+        !planned.is_block_linear() && self.asked(planned).is_some()
+    }
+
     /// The type of a matrix of floats, or of ternary weights that are written as floats.
     fn float_type(&self, planned: &Planned) -> Encoding {
-        if planned.is_router() {
+        let turned = !matches!(self.unrotation(planned), Ok(None));
+        match self.asked(planned).filter(|t| !t.is_ternary()) {
+            Some(asked) => asked.clone(),
+            None if turned => Encoding::F32,
             // As every GGUF program writes it.
-            return if self.options.target == Target::Gguf { Encoding::F32 } else { planned.own_float() };
+            None if planned.is_router() && self.options.target == Target::Gguf => Encoding::F32,
+            // GGUF holds every float type that is read.
+            None if self.options.target == Target::Gguf && planned.stored.is_float() => {
+                planned.stored.clone()
+            }
+            None if !planned.ternary => planned.own_float(),
+            None => planned.copy_type(),
         }
-        let asked = match planned.is_block_linear() {
-            true => self.options.linear_type.as_ref().filter(|t| !t.is_ternary()),
-            false => self.options.embedding_type.as_ref(),
+    }
+
+    /// What turns the rows of a rotated matrix back, where the target has no word for rotations.
+    fn unrotation(&self, planned: &Planned) -> Result<Option<Rotate>, ModelError> {
+        let (Some(rotation), Target::HuggingFace) = (&self.config.rotation, self.options.target) else {
+            return Ok(None);
         };
-        match (asked, &planned.stored, self.options.target) {
-            (Some(asked), ..) => asked.clone(),
-            (None, Encoding::Q8_0, Target::Gguf) => Encoding::Q8_0,
-            (None, ..) => planned.own_float(),
+        let (module, cols) = (planned.name.trim_end_matches(".weight"), planned.shape[1]);
+        match planned.role {
+            Some(Role::Embedding) => rotation.of_embedding(cols),
+            Some(_) => rotation.of_linear(module, cols),
+            None => Ok(None),
         }
+    }
+
+    /// Takes note of a loss, or refuses with `why` where none is allowed.
+    fn lose(
+        &self,
+        losses: &mut Vec<String>,
+        what: String,
+        refusal: impl FnOnce() -> ModelError,
+    ) -> Result<(), ModelError> {
+        if !self.options.allow_loss {
+            return Err(refusal());
+        }
+        losses.push(what);
+        Ok(())
+    }
+
+    /// That the tokenizer was left out, where there was one.
+    fn tokenizer_left_out(&self) -> Option<String> {
+        let absent = || matches!(Tokenizer::of(self.file), Err(ModelError::Unsupported { .. }));
+        (self.options.without_tokenizer && !absent()).then(|| "the tokenizer, as asked".to_owned())
+    }
+
+    /// What conversions before this one and this one lost.
+    fn all_losses(
+        &self,
+        items: &[Item],
+        scales: ScaleConvention,
+        mut here: Vec<String>,
+    ) -> Result<Vec<String>, ModelError> {
+        let mut all = losses(self.file)?;
+        here.extend(losses::survey(self, items, scales)?);
+        all.extend(here);
+        Ok(all)
     }
 }
 
 /// The two writers, which ask for tensors in their own order.
 trait TensorWriter {
     fn pending(&self) -> Option<&TensorSpec>;
-    fn tensor(&mut self, bytes: &[u8]) -> Result<(), ModelError>;
+    fn part(&mut self, bytes: &[u8]) -> Result<(), ModelError>;
     fn finish(self) -> Result<(), ModelError>;
 }
 
@@ -254,8 +370,8 @@ macro_rules! tensor_writer {
             fn pending(&self) -> Option<&TensorSpec> {
                 self.pending()
             }
-            fn tensor(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
-                self.tensor(bytes)
+            fn part(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
+                self.part(bytes)
             }
             fn finish(self) -> Result<(), ModelError> {
                 self.finish()
@@ -264,141 +380,66 @@ macro_rules! tensor_writer {
     };
 }
 tensor_writer!(GgufWriter);
-tensor_writer!(SafetensorsWriter);
+tensor_writer!(ShardedWriter);
+
+/// Called with a tensor that is done and the bytes it took in the input.
+type Done<'a> = dyn FnMut(&str, u64) -> Result<(), ModelError> + 'a;
 
 fn write(
     job: &Job,
     mut writer: impl TensorWriter,
     items: &[Item],
     encoder: &mut Encoder,
-    done: &mut dyn FnMut(&str, u64),
+    done: &mut Done,
 ) -> Result<(), ModelError> {
     let by_name: BTreeMap<&str, &Item> = items.iter().map(|i| (i.spec.name.as_str(), i)).collect();
     while let Some(item) = writer.pending().map(|spec| by_name[spec.name.as_str()]) {
-        writer.tensor(&encoder.encode(item)?)?;
+        encoder.encode(item, &mut |bytes| writer.part(bytes))?;
+        if writer.pending().is_some_and(|next| next.name == item.spec.name) {
+            return Err(ModelError::tensor(&item.spec.name, "fewer bytes than its header entry says"));
+        }
         let bytes: usize = item.part.planned().iter().map(|&index| job.planned[index].bytes).sum();
-        done(&item.spec.name, bytes as u64);
+        done(&item.spec.name, bytes as u64)?;
     }
     writer.finish()
 }
 
 /// Types that do not suit the target or the model.
-fn check_types(
-    config: &ModelConfig,
-    planned: &[Planned],
-    options: &ConvertOptions,
-) -> Result<(), ModelError> {
-    let refuse = |name: &str, encoding: &Encoding, why: String| {
-        Err(ModelError::CannotEncode { name: name.to_owned(), encoding: encoding.to_string(), why })
+fn check_types(job: &Job) -> Result<(), ModelError> {
+    let (options, ternary) = (job.options, job.is_ternary());
+    let refuse = |name: &str, encoding: &Encoding, why: &str| {
+        Err(ModelError::CannotEncode {
+            name: name.to_owned(),
+            encoding: encoding.to_string(),
+            why: why.into(),
+        })
     };
-    let ternary = planned.iter().any(|p| p.ternary);
     let plain = [Encoding::F32, Encoding::F16, Encoding::BF16];
     if let Some(asked) = &options.embedding_type {
-        let gguf = options.target == Target::Gguf
-            && matches!(asked, Encoding::Q8_0 | Encoding::Q6K | Encoding::Q4_0);
-        if !plain.contains(asked) && !gguf {
-            return refuse("model.embed_tokens.weight", asked, format!("{asked} is not offered for it here"));
+        let blocks = matches!(asked, Encoding::Q8_0 | Encoding::Q6K | Encoding::Q4_0);
+        let offered = plain.contains(asked) || blocks && options.target == Target::Gguf;
+        if !offered {
+            let why = "a Hugging Face folder holds F32, F16 or BF16, and GGUF also Q8_0, Q6_K and Q4_0, for embedding and \
+                       head";
+            return refuse("model.embed_tokens.weight", asked, why);
         }
+    }
+    let first = job.planned.iter().find(|p| p.is_block_linear()).map_or("", |p| p.name.as_str());
+    let folder = options.target == Target::HuggingFace;
+    if folder && options.scales.is_some() && job.is_weight_only() && !options.allow_loss {
+        let why = "loaders of packed layers round activations to int8, but this model defines float ones: leave --scales \
+                   out for float copies of the weights, or accept that (--allow-loss)";
+        return refuse(first, &Encoding::U8, why);
     }
     let Some(asked) = &options.linear_type else { return Ok(()) };
-    let first = planned.iter().find(|p| p.is_block_linear()).map_or("", |p| p.name.as_str());
     if asked.is_ternary() && !ternary {
         let why = "the model's layers are in floating point, and rounding them to ternary is no conversion";
-        return refuse(first, asked, why.into());
+        return refuse(first, asked, why);
     }
-    if options.target == Target::HuggingFace {
-        if ternary || !plain.contains(asked) {
-            let why =
-                "a Hugging Face folder holds ternary layers packed and float layers as F32, F16 or BF16";
-            return refuse(first, asked, why.into());
-        }
-        return Ok(());
-    }
-    // Float copies of ternary weights: only an architecture that is ternary by name is still run as one.
-    let rounds = config.activations() == ActivationType::Int8;
-    if ternary && !asked.is_ternary() && rounds && !config.sub_norms && !options.lossy {
-        let why = "GGUF's `llama` marks ternary layers by their type alone, so a reader would no longer quantise \
-                   activations as the model defines: use i2_s, tq1_0 or tq2_0, or allow the change (--lossy)";
-        return refuse(first, asked, why.into());
+    if folder && (job.packs() || !plain.contains(asked)) {
+        let why = "a Hugging Face folder holds ternary layers packed, or as float copies where activations are floats too, \
+                   and float layers as F32, F16 or BF16";
+        return refuse(first, asked, why);
     }
     Ok(())
-}
-
-/// The first field in which the configuration read back is not the model's, beyond what containers spell differently.
-fn difference(job: &Job, found: &ModelConfig) -> Option<&'static str> {
-    let expected = job.config;
-    let sizes = |c: &ModelConfig| {
-        [
-            ("vocab_size", c.vocab_size),
-            ("hidden_size", c.hidden_size),
-            ("intermediate_size", c.intermediate_size),
-            ("num_hidden_layers", c.num_layers),
-            ("num_attention_heads", c.heads),
-            ("num_key_value_heads", c.kv_heads),
-            ("head_dim", c.head_dim),
-            ("max_position_embeddings", c.max_positions),
-            ("tie_word_embeddings", usize::from(c.tied)),
-            ("sub_norms", usize::from(c.sub_norms)),
-            ("q_norm", usize::from(c.qk_norm)),
-            ("attention_bias", usize::from(c.qkv_bias) + 2 * usize::from(c.output_bias)),
-            ("mlp_bias", usize::from(c.mlp_bias)),
-        ]
-    };
-    if let Some(((field, _), _)) = sizes(expected).into_iter().zip(sizes(found)).find(|(a, b)| a != b) {
-        return Some(field);
-    }
-    let checks = [
-        ("num_experts", expected.experts == found.experts),
-        ("rms_norm_eps", expected.rms_norm_eps == found.rms_norm_eps),
-        ("hidden_act", expected.activation == found.activation),
-        ("quantization_config.rms_norm_eps", expected.inner_norm_eps == found.inner_norm_eps),
-        ("inner_norms", expected.inner_norm_eps.is_none() || expected.inner_norms == found.inner_norms),
-        ("pooling", expected.pooling.is_some() == found.pooling.is_some()),
-        ("layer_types", expected.windows == found.windows),
-        ("rope", same_rope(expected, found)),
-        (
-            "bos_token_id",
-            expected.bos.is_none_or(|id| found.bos == Some(id)) || job.options.tokenizer.is_some(),
-        ),
-        ("eos_token_id", job.options.lossy || expected.eos.iter().all(|id| found.eos.contains(id))),
-        ("linear_attention", same_hybrid(expected, found)),
-        ("prism.hadamard", expected.rotation == found.rotation),
-        ("quantization_config", same_numerics(job, found)),
-    ];
-    checks.into_iter().find(|(_, same)| !same).map(|(field, _)| field)
-}
-
-/// Whether the layers are still multiplied with what the model defines.
-fn same_numerics(job: &Job, found: &ModelConfig) -> bool {
-    // Float copies of ternary layers were allowed to change the numerics, with a note.
-    if job.options.lossy && found.numerics == Numerics::Float {
-        return true;
-    }
-    // Those of weight-only models change nothing.
-    if job.is_weight_only() {
-        return found.activations() == ActivationType::Float;
-    }
-    let ternary = match job.options.target {
-        Target::Gguf => job.is_ternary(),
-        Target::HuggingFace => job.config.numerics != Numerics::Float,
-    };
-    ternary == (found.numerics != Numerics::Float)
-        && (!ternary || found.activations() == job.config.activations())
-}
-
-/// Equal layers; drafting ones are not written.
-fn same_hybrid(expected: &ModelConfig, found: &ModelConfig) -> bool {
-    let own = |c: &ModelConfig| c.hybrid.clone().map(|hybrid| Hybrid { draft_layers: 0, ..hybrid });
-    expected.attention_gate == found.attention_gate && own(expected) == own(found)
-}
-
-/// Equal frequencies, whichever way they are written; GGUF keeps the base and the factors as f32.
-fn same_rope(a: &ModelConfig, b: &ModelConfig) -> bool {
-    let dynamic = |c: &ModelConfig| matches!(c.rope.scaling, RopeScaling::Dynamic { .. });
-    if a.rope == b.rope || dynamic(a) || dynamic(b) {
-        return a.rope == b.rope;
-    }
-    let ((fa, sa), (fb, sb)) = (a.rope.frequencies(0), b.rope.frequencies(0));
-    let near = |x: f32, y: f32| (x - y).abs() <= 1e-6 * x.abs();
-    fa.len() == fb.len() && fa.iter().zip(&fb).all(|(&x, &y)| near(x, y)) && near(sa, sb)
 }

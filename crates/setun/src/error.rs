@@ -152,6 +152,9 @@ pub enum ModelError {
         /// Tokens of the text.
         tokens: usize,
     },
+    /// Work that was asked to stop.
+    #[error("stopped before it was done; nothing is left behind")]
+    Stopped,
     /// There is nothing to continue.
     #[error("the prompt has no tokens, and a model needs at least one to continue from")]
     EmptyPrompt,

@@ -5,12 +5,12 @@
 
 pub(crate) mod experts;
 mod order;
+mod stream;
 
 use std::collections::HashSet;
 
 use setun_kernels::dense::{DenseData, DenseMatrix};
 use setun_kernels::matrix::{Scales, TernaryMatrix};
-use setun_kernels::quant;
 use setun_kernels::threads::Pool;
 
 use crate::config::{ActivationType, HeadOrder, ModelConfig, Numerics, RopeScaling, Storage, Ternary};
@@ -76,7 +76,7 @@ impl<'a> Weights<'a> {
             (_, Numerics::Ternary(Ternary { storage: Storage::FloatCopies, .. }))
                 if self.is_ternary(name, role) =>
             {
-                expect_shape(&tensor, &[rows, cols])?;
+                expect_shape(tensor, &[rows, cols])?;
                 Weight::Ternary(tensor.recognise_ternary().map_err(|error| {
                     let hint =
                         "its other rows suggest ternary weights: --weights float runs all matrices as floats";
@@ -86,7 +86,7 @@ impl<'a> Weights<'a> {
             (_, Numerics::Ternary(Ternary { storage: Storage::Mlx { group }, .. }))
                 if is_mlx(&tensor.info) =>
             {
-                self.mlx(&tensor, rows, cols, *group)?
+                self.mlx(tensor, rows, cols, *group)?
             }
             (Role::Ternary, Numerics::Ternary(ternary)) => {
                 self.ternary(tensor, name, rows, cols, ternary.storage)?
@@ -94,9 +94,9 @@ impl<'a> Weights<'a> {
             _ => {
                 expect_shape(tensor, &[rows, cols])?;
                 if !tensor.info.encoding.is_ternary() {
-                    Weight::Dense(self.dense(&tensor)?)
+                    Weight::Dense(self.dense(tensor)?)
                 } else if self.config.activations() == ActivationType::Float {
-                    Weight::Ternary(self.ternary_blocks(&tensor)?)
+                    Weight::Ternary(self.ternary_blocks(tensor)?)
                 } else {
                     // A float layer by definition, whose values happen to be stored in few bits.
                     let dense = DenseMatrix::new(rows, cols, DenseData::F32(tensor.to_f32()?));
@@ -230,8 +230,7 @@ impl<'a> Weights<'a> {
         let convention = match storage {
             Storage::Masters => {
                 expect_shape(tensor, &[rows, cols])?;
-                let (trits, scale) = quant::quantize_absmean(&finite(tensor)?);
-                return Self::one_scale(tensor.name(), rows, cols, &trits, scale);
+                return stream::masters(tensor, rows, cols);
             }
             Storage::SelfDescribed => {
                 expect_shape(tensor, &[rows, cols])?;
@@ -272,18 +271,6 @@ impl<'a> Weights<'a> {
             Scales::Tensor(_) => rescale(matrix, extra, tensor.name()).map(Weight::Ternary),
             _ => Err(ModelError::tensor(tensor.name(), format!("it has more than one scale: {hint}"))),
         }
-    }
-
-    fn one_scale(
-        name: &str,
-        rows: usize,
-        cols: usize,
-        trits: &[i8],
-        scale: f32,
-    ) -> Result<Weight, ModelError> {
-        TernaryMatrix::from_trits(rows, cols, trits, Scales::Tensor(scale))
-            .map(Weight::Ternary)
-            .map_err(|e| ModelError::tensor(name, e.to_string()))
     }
 
     /// Names of tensors that no part of the model asks for, in file order.
@@ -617,17 +604,6 @@ fn expect_shape(tensor: &Tensor, expected: &[usize]) -> Result<(), ModelError> {
             expected: expected.to_vec(),
             found: tensor.shape().to_vec(),
         }),
-    }
-}
-
-fn finite(tensor: &Tensor) -> Result<Vec<f32>, ModelError> {
-    let values = tensor.to_f32()?;
-    match values.iter().position(|v| !v.is_finite()) {
-        None => Ok(values),
-        Some(index) => Err(ModelError::tensor(
-            tensor.name(),
-            format!("weight {index} is {}, which cannot be rounded to ternary", values[index]),
-        )),
     }
 }
 

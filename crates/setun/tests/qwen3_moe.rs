@@ -346,9 +346,16 @@ fn stacks_of_ternary_experts_go_into_other_types_exactly() {
         check(&out, "ternary");
         assert_eq!(logits(&out), logits(&ternary()));
     }
+    // A folder has float copies, one expert by one; they are recognised, and go into stacks again.
+    let (copies, again) = (folder.path().join("copies"), folder.path().join("again.gguf"));
+    run(&ternary(), &copies, to_hf()).unwrap();
+    check(&copies, "ternary");
+    assert_eq!(logits(&copies), logits(&ternary()));
+    run(&copies, &again, ConvertOptions::default()).unwrap();
+    let stack = Checkpoint::open(&again).unwrap().info("blk.1.ffn_down_exps.weight").unwrap().clone();
+    assert_eq!((stack.shape, stack.encoding), (vec![4, 128, 128], Encoding::Q2_0G64));
+    assert_eq!(logits(&again), logits(&ternary()));
     let out = folder.path().join("no");
-    let error = run(&ternary(), &out, to_hf()).unwrap_err();
-    assert!(error.contains("float activations"), "{error}");
     let i2_s = ConvertOptions { linear_type: Some(Encoding::I2S), ..ConvertOptions::default() };
     let error = run(&ternary(), &out, i2_s).unwrap_err();
     assert!(error.contains("experts.0.gate_proj") && error.contains("a stack of experts"), "{error}");

@@ -454,21 +454,36 @@ const BITNET: [&str; 3] = ["I2_S", "IQ1_BN", "IQ2_BN"];
 /// types are W1.58A8, the other grouped types and rotated weights W1.58A16. TQ1_0 and TQ2_0 hold either, and follow the family:
 /// Qwen3's ternary models, with experts or without, are weight-only, Llama's are BitNets unless a matrix has several scales (TriLM), which no BitNet has.
 fn numerics(file: &Checkpoint, family: Family, rotated: bool) -> Numerics {
-    let bitnet = matches!(family, Family::BitNet | Family::BitNetSilu);
     let in_blocks = file.tensors().filter(|t| t.name.starts_with("blk.") && t.encoding.is_ternary());
     let types: Vec<&Encoding> = in_blocks.map(|t| &t.encoding).collect();
+    match gguf_activations(family, &types, rotated, || has_several_scales(file)) {
+        None => Numerics::Float,
+        Some(activations) => {
+            Numerics::Ternary(Ternary { activations, storage: Storage::SelfDescribed, exceptions: None })
+        }
+    }
+}
+
+/// What ternary layers of a GGUF file are multiplied with, by the family and the ternary types in its blocks; `None` where
+/// nothing in it is ternary.
+pub(crate) fn gguf_activations(
+    family: Family,
+    types: &[&Encoding],
+    rotated: bool,
+    several_scales: impl FnOnce() -> bool,
+) -> Option<ActivationType> {
+    let bitnet = matches!(family, Family::BitNet | Family::BitNetSilu);
     if types.is_empty() && !bitnet {
-        return Numerics::Float;
+        return None;
     }
     let any_of = |names: &[&str]| types.iter().any(|t| names.iter().any(|name| t.name().starts_with(name)));
     let weights_alone = rotated
         || any_of(&WEIGHT_ONLY)
-        || !any_of(&BITNET) && (family.has_qk_norm() || !bitnet && has_several_scales(file));
-    let activations = match weights_alone && !bitnet {
+        || !any_of(&BITNET) && (family.has_qk_norm() || !bitnet && several_scales());
+    Some(match weights_alone && !bitnet {
         true => ActivationType::Float,
         false => ActivationType::Int8,
-    };
-    Numerics::Ternary(Ternary { activations, storage: Storage::SelfDescribed, exceptions: None })
+    })
 }
 
 /// Whether the first ternary matrix of the blocks has more than one scale.

@@ -3,25 +3,27 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::Job;
+use setun_kernels::matrix::Scales;
+
+use super::encode::{cannot, read_ternary};
+use super::losses::GGUF_KEY;
 use super::plan::{Item, Part, Planned};
-use crate::config::ModelConfig;
+use super::{Job, Prepared};
+use crate::config::{ActivationType, ModelConfig, gguf_activations};
 use crate::error::ModelError;
 use crate::format::gguf::{Array, Metadata, Value};
-use crate::format::{Encoding, TensorSpec};
+use crate::format::{Encoding, ScaleConvention, TensorSpec};
 use crate::recommended::Recommended;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{experts, gguf_name_in, vector_shape};
 
-/// The header, the tensors in the order of the file, and whether there is a tokenizer.
-pub(super) fn prepare(
-    job: &Job,
-    output: &Path,
-    notes: &mut Vec<String>,
-) -> Result<(Metadata, Vec<Item>, bool), ModelError> {
-    check(job)?;
+/// The header, and the tensors in the order of the file.
+pub(super) fn prepare(job: &Job, output: &Path) -> Result<(Metadata, Prepared), ModelError> {
+    let (mut losses, mut notes) = (Vec::new(), Vec::new());
+    check(job, &mut losses)?;
     let keys = job.config.to_gguf()?;
-    let items = items(job, notes)?;
+    let items = items(job)?;
+    check_activations(job, &items, &mut losses)?;
     let mut metadata = Metadata::new();
     for (key, value) in keys.iter().filter(|(key, _)| key == "general.architecture") {
         metadata.insert(key.clone(), value.clone());
@@ -36,28 +38,85 @@ pub(super) fn prepare(
     for (key, value) in keys.into_iter().filter(|(key, _)| key != "general.architecture") {
         metadata.insert(key, value);
     }
-    let tokenizer = tokenizer(job, &mut metadata, notes)?;
-    Ok((metadata, items, tokenizer))
+    let tokenizer = tokenizer(job, &mut metadata, &mut losses, &mut notes)?;
+    let scales = ScaleConvention::Multiply;
+    let losses = job.all_losses(&items, scales, losses)?;
+    if !losses.is_empty() {
+        metadata.insert(GGUF_KEY, Value::Array(Array::String(losses.clone())));
+    }
+    Ok((metadata, Prepared { items, scales, tokenizer, losses, notes }))
+}
+
+/// Readers of GGUF tell from the types what layers are multiplied with, so some types would change that.
+fn check_activations(job: &Job, items: &[Item], losses: &mut Vec<String>) -> Result<(), ModelError> {
+    let Some(first) = job.planned.iter().find(|p| p.is_block_linear() && p.ternary) else { return Ok(()) };
+    let in_blocks = items.iter().filter(|item| item.spec.name.starts_with("blk."));
+    let types: Vec<&Encoding> =
+        in_blocks.map(|item| &item.spec.encoding).filter(|encoding| encoding.is_ternary()).collect();
+    let several = || {
+        let matrix = first.role.map(|role| read_ternary(job, first, role));
+        matches!(matrix, Some(Ok(matrix)) if !matches!(matrix.scales(), Scales::Tensor(_)))
+    };
+    let rotated = job.config.rotation.is_some();
+    let found = gguf_activations(job.config.family, &types, rotated, several);
+    let (found, defined) = (found.unwrap_or(ActivationType::Float), job.config.activations());
+    if found == defined {
+        return Ok(());
+    }
+    let name = gguf_name_in(job.config.hybrid.is_some(), &first.name);
+    let written = items.iter().find(|item| item.spec.name == name);
+    let encoding = written.map_or("GGUF", |item| item.spec.encoding.name());
+    let advice = match defined {
+        ActivationType::Int8 => "i2_s, or tq1_0 or tq2_0 outside Qwen3",
+        ActivationType::Float => "q2_0, pq2_0 or ptq1_0, tq1_0 or tq2_0 in Qwen3, or f16",
+    };
+    job.lose(losses, format!("{defined} activations: readers multiply these layers with {found} ones"), || {
+        let why = format!(
+            "readers of GGUF would multiply it with {found} activations, but the model defines {defined} ones: use {advice}, \
+             or accept that (--allow-loss)"
+        );
+        cannot(first, encoding, why)
+    })
 }
 
 /// Models whose layers GGUF would describe wrongly.
-fn check(job: &Job) -> Result<(), ModelError> {
+fn check(job: &Job, losses: &mut Vec<String>) -> Result<(), ModelError> {
     let refuse = |planned: &Planned, why: &str| {
         let encoding = "part of a GGUF model".to_owned();
         Err(ModelError::CannotEncode { name: planned.name.clone(), encoding, why: why.into() })
     };
-    if job.config.hybrid.as_ref().is_some_and(|h| h.draft_layers > 0) && !job.options.lossy {
-        return Err(ModelError::ConfigValue {
+    let drafts = job.config.hybrid.as_ref().map_or(0, |hybrid| hybrid.draft_layers);
+    if drafts > 0 {
+        let what = format!("blocks that only draft tokens (nextn_predict_layers: {drafts}), left out");
+        job.lose(losses, what, || ModelError::ConfigValue {
             field: "nextn_predict_layers".into(),
             found: "blocks that only draft tokens".into(),
-            expected: "0, since they would be left out: allow it (--lossy)".into(),
-        });
+            expected: "0, since they would be left out: allow it (--allow-loss)".into(),
+        })?;
     }
     for planned in job.planned {
         if planned.ternary && !planned.is_block_linear() && !job.is_weight_only() {
             return refuse(
                 planned,
                 "it is ternary, but readers of GGUF take the output head for floating point",
+            );
+        }
+        let rounding = matches!(job.options.linear_type, Some(Encoding::Q6K | Encoding::Q4_0));
+        if planned.ternary && planned.is_block_linear() && job.config.sub_norms && rounding {
+            return refuse(
+                planned,
+                "readers of GGUF's BitNet architectures expect ternary values, which q6_k and q4_0 do not keep: use i2_s, tq1_0, \
+                 tq2_0, f32, f16, bf16 or q8_0",
+            );
+        }
+        let ternary = |encoding: &Encoding| encoding.is_ternary();
+        if planned.ternary
+            && job.config.inner_norm_eps.is_some()
+            && !job.options.linear_type.as_ref().is_none_or(ternary)
+        {
+            return refuse(
+                planned,
+                "readers look for the extra norm inside it beside ternary types alone: use i2_s, tq1_0 or tq2_0",
             );
         }
         let float = planned.is_block_linear() && !planned.ternary;
@@ -77,7 +136,7 @@ fn check(job: &Job) -> Result<(), ModelError> {
     Ok(())
 }
 
-fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
+fn items(job: &Job) -> Result<Vec<Item>, ModelError> {
     let mut items: Vec<Item> = Vec::with_capacity(job.planned.len() + 1);
     let mut stacks: HashMap<String, usize> = HashMap::new();
     if let Some(divisors) = job.config.rope_divisors() {
@@ -90,22 +149,10 @@ fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
         let encoding = match (planned.role, planned.ternary) {
             // Readers expect vectors in full precision.
             (None, _) => Encoding::F32,
-            (Some(_), true) => {
-                let asked = match planned.is_block_linear() {
-                    true => job.options.linear_type.clone(),
-                    // Where embedding and head are ternary too, one type is meant for all.
-                    false => job.options.embedding_type.clone().or(job.options.linear_type.clone()),
-                };
-                let own = match job.is_weight_only() {
-                    // I2_S says that activations are rounded, which weight-only models do not do.
-                    false => Encoding::I2S,
-                    true if planned.stored.is_ternary() => planned.stored.clone(),
-                    // Recognised in floats, or packed as GGUF has no word for: the finest groups, which every program reads.
-                    true if cols.is_multiple_of(64) => Encoding::Q2_0G64,
-                    true => planned.own_float(),
-                };
-                asked.unwrap_or(own)
-            }
+            (Some(_), true) => match ternary_type(job, planned) {
+                Some(encoding) => encoding,
+                None => job.float_type(planned),
+            },
             (Some(_), false) => job.float_type(planned),
         };
         if !cols.is_multiple_of(encoding.block_len()) {
@@ -117,7 +164,7 @@ fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
                 Some(&at) => add_expert(&mut items[at], index, planned, encoding)?,
                 None => {
                     stacks.insert(name.clone(), items.len());
-                    items.push(first_expert(name, index, planned, encoding)?);
+                    items.push(first_expert(job, name, index, planned, encoding)?);
                 }
             }
             continue;
@@ -131,35 +178,41 @@ fn items(job: &Job, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
             true => heads(job.config, &planned.name),
             false => None,
         };
-        items.push(Item { spec, part: Part::Tensor(index), interleave });
-    }
-    let copies = |i: &Item| {
-        !i.spec.encoding.is_ternary() && i.part.planned().first().is_some_and(|&n| job.planned[n].ternary)
-    };
-    if !job.config.sub_norms && !job.is_weight_only() && items.iter().any(copies) {
-        let note = "ternary layers are written as floats that readers of `llama` no longer take for ternary: their \
-                    activations are not quantised any more";
-        notes.push(note.into());
+        // Blocks of floats have no other form that keeps them as small, so they go along as they are.
+        let same = is_verbatim(job, planned, &spec.encoding);
+        items.push(match same {
+            true => Item { spec, part: Part::Verbatim(vec![index]), interleave: None },
+            false => Item { spec, part: Part::Tensor(index), interleave },
+        });
     }
     Ok(items)
 }
 
+/// Whether the bytes of a GGUF file are those of the output: floats that keep their type. Experts that are stacked there
+/// have one type, and then so has their stack here.
+fn is_verbatim(job: &Job, planned: &Planned, encoding: &Encoding) -> bool {
+    let floats = planned.role.is_some() && !planned.ternary;
+    job.file.gguf_metadata().is_some() && floats && *encoding == planned.stored
+}
+
 /// The stack of which `planned` is the first matrix.
 fn first_expert(
+    job: &Job,
     stored: String,
     index: usize,
     planned: &Planned,
     encoding: Encoding,
 ) -> Result<Item, ModelError> {
     if encoding == Encoding::I2S {
-        let why = "I2_S has one scale for a tensor, but a stack of experts has one for each: use --to hf, or, where activations \
-                   are float, tq1_0, tq2_0, q2_0, pq2_0 or ptq1_0";
-        let name = planned.name.clone();
-        return Err(ModelError::CannotEncode { name, encoding: encoding.to_string(), why: why.into() });
+        let why = "I2_S has one scale for a tensor, but a stack of experts has one for each: use --to hf, or, where activations                    are float or may become it (--allow-loss), tq1_0, tq2_0, q2_0, pq2_0 or ptq1_0";
+        return Err(cannot(planned, encoding.name(), why.into()));
     }
+    let part = match is_verbatim(job, planned, &encoding) {
+        true => Part::Verbatim(vec![index]),
+        false => Part::Stack(vec![index]),
+    };
     let shape = vec![1, planned.shape[0], planned.shape[1]];
-    let spec = TensorSpec { name: stored, shape, encoding };
-    Ok(Item { spec, part: Part::Stack(vec![index]), interleave: None })
+    Ok(Item { spec: TensorSpec { name: stored, shape, encoding }, part, interleave: None })
 }
 
 /// Adds the next expert. Floats of several types become F32, which holds them all.
@@ -172,16 +225,48 @@ fn add_expert(
     if stack.spec.encoding != encoding {
         if encoding.is_ternary() || stack.spec.encoding.is_ternary() {
             let why = format!("experts before it are {}, and a stack has one type", stack.spec.encoding);
-            let name = planned.name.clone();
-            return Err(ModelError::CannotEncode { name, encoding: encoding.to_string(), why });
+            return Err(cannot(planned, encoding.name(), why));
         }
         stack.spec.encoding = Encoding::F32;
     }
     stack.spec.shape[0] += 1;
-    if let Part::Stack(indices) = &mut stack.part {
+    if let Part::Stack(indices) | Part::Verbatim(indices) = &mut stack.part {
         indices.push(index);
     }
     Ok(())
+}
+
+/// The ternary type of a ternary matrix; `None` where it becomes floats.
+fn ternary_type(job: &Job, planned: &Planned) -> Option<Encoding> {
+    let linear = job.options.linear_type.as_ref();
+    if planned.is_block_linear() {
+        // I2_S says that activations are rounded, which weight-only models do not do.
+        let own = || match job.is_weight_only() {
+            true => own_ternary(planned),
+            false => Some(Encoding::I2S),
+        };
+        return linear.cloned().or_else(own).filter(Encoding::is_ternary);
+    }
+    if planned.is_router() || job.options.embedding_type.is_some() {
+        return None;
+    }
+    match linear {
+        // Where embedding and head are ternary too, one type is meant for all; but readers of I2_S expect floats there.
+        Some(Encoding::I2S) => None,
+        Some(asked) => Some(asked.clone()).filter(Encoding::is_ternary),
+        None => own_ternary(planned),
+    }
+}
+
+/// The type of a weight-only ternary matrix that was not asked for another: its own where that is written. Ternary values
+/// in another container go into the smallest groups, which hold every larger one; rows that are no whole groups, into none.
+fn own_ternary(planned: &Planned) -> Option<Encoding> {
+    let cols = planned.shape[1];
+    match &planned.stored {
+        Encoding::Q1_0 => Some(Encoding::PQ2_0),
+        own if own.is_ternary() && own.block().is_some() => Some(own.clone()),
+        _ => Some(Encoding::Q2_0G64).filter(|groups| cols.is_multiple_of(groups.block_len())),
+    }
 }
 
 fn no_whole_blocks(planned: &Planned, cols: usize, encoding: &Encoding) -> ModelError {
@@ -208,10 +293,19 @@ fn heads(config: &ModelConfig, name: &str) -> Option<usize> {
 fn general(job: &Job, output: &Path, items: &[Item], metadata: &mut Metadata) {
     const OURS: [&str; 4] =
         ["general.architecture", "general.file_type", "general.quantization_version", "general.alignment"];
-    // What a model says about itself (name, licence, authors) goes along.
+    // What a model says about itself (name, licence, authors) goes along, and keys that are nobody's here.
     for (key, value) in job.file.gguf_metadata().into_iter().flat_map(Metadata::iter) {
-        if key.starts_with("general.") && !OURS.contains(&key) {
+        let group = key.split('.').next().unwrap_or(key);
+        let handled = ["tokenizer", "prism", "setun", "split", "quantize"].contains(&group);
+        let own = job.file.gguf_metadata().and_then(|m| m.str("general.architecture").ok().flatten())
+            == Some(group);
+        if !OURS.contains(&key) && !handled && !own {
             metadata.insert(key, value.clone());
+        }
+    }
+    for (key, value) in job.file.header_metadata().iter().filter(|(key, _)| key.starts_with("general.")) {
+        if !OURS.contains(&key.as_str()) {
+            metadata.insert(key.clone(), Value::String(value.clone()));
         }
     }
     if metadata.get("general.name").is_none() {
@@ -228,8 +322,16 @@ fn general(job: &Job, output: &Path, items: &[Item], metadata: &mut Metadata) {
     let file_type = match linear.map(|i| &i.spec.encoding) {
         Some(Encoding::F16) => 1,
         Some(Encoding::Q4_0) => 2,
+        Some(Encoding::Q4_1) => 3,
         Some(Encoding::Q8_0) => 7,
+        Some(Encoding::Q5_0) => 8,
+        Some(Encoding::Q5_1) => 9,
+        Some(Encoding::Q2K) => 10,
+        Some(Encoding::Q3K) => 12,
+        Some(Encoding::Q4K) => 15,
+        Some(Encoding::Q5K) => 17,
         Some(Encoding::Q6K) => 18,
+        Some(Encoding::IQ4NL) => 25,
         Some(Encoding::BF16) => 32,
         Some(Encoding::TQ1_0) => 36,
         Some(Encoding::TQ2_0) => 37,
@@ -244,8 +346,14 @@ fn general(job: &Job, output: &Path, items: &[Item], metadata: &mut Metadata) {
     metadata.insert("general.quantization_version", Value::U32(2));
 }
 
-fn tokenizer(job: &Job, metadata: &mut Metadata, notes: &mut Vec<String>) -> Result<bool, ModelError> {
+fn tokenizer(
+    job: &Job,
+    metadata: &mut Metadata,
+    losses: &mut Vec<String>,
+    notes: &mut Vec<String>,
+) -> Result<bool, ModelError> {
     let options = job.options;
+    losses.extend(job.tokenizer_left_out());
     let own;
     let tokenizer = match (options.tokenizer, job.file.gguf_metadata()) {
         _ if options.without_tokenizer => None,
@@ -275,7 +383,7 @@ fn tokenizer(job: &Job, metadata: &mut Metadata, notes: &mut Vec<String>) -> Res
         }
         None => notes.push("there is no tokenizer in it".into()),
     }
-    token_ids(job, tokenizer, metadata)?;
+    token_ids(job, tokenizer, metadata, losses)?;
     Ok(tokenizer.is_some())
 }
 
@@ -310,7 +418,12 @@ fn padded(key: &str, value: Value, vocab_size: usize) -> Result<Value, ModelErro
 }
 
 /// The ids that the model's own files name and the tokenizer's keys do not yet.
-fn token_ids(job: &Job, tokenizer: Option<&Tokenizer>, metadata: &mut Metadata) -> Result<(), ModelError> {
+fn token_ids(
+    job: &Job,
+    tokenizer: Option<&Tokenizer>,
+    metadata: &mut Metadata,
+    losses: &mut Vec<String>,
+) -> Result<(), ModelError> {
     const BOS: &str = "tokenizer.ggml.bos_token_id";
     if let (None, Some(id)) = (metadata.get(BOS), job.config.bos) {
         metadata.insert(BOS, Value::U32(id));
@@ -322,16 +435,32 @@ fn token_ids(job: &Job, tokenizer: Option<&Tokenizer>, metadata: &mut Metadata) 
     for id in &keys {
         written.extend(metadata.u64(id)?.and_then(|id| u32::try_from(id).ok()));
     }
+    let mut homeless = Vec::new();
     for id in ends {
         if written.contains(&id) {
             continue;
         }
-        if let Some(key) = keys.iter().find(|key| metadata.get(key).is_none()) {
-            metadata.insert(key.clone(), Value::U32(id));
-            written.push(id);
+        written.push(id);
+        match keys.iter().find(|key| metadata.get(key).is_none()) {
+            Some(key) => {
+                metadata.insert(key.clone(), Value::U32(id));
+            }
+            // Those that readers find by their names need no key.
+            None if job.config.eos.contains(&id) => homeless.push(id),
+            None => {}
         }
     }
-    Ok(())
+    if homeless.is_empty() {
+        return Ok(());
+    }
+    job.lose(losses, format!("end tokens: GGUF has no key for the ids {homeless:?}"), || {
+        ModelError::ConfigValue {
+            field: "eos_token_id".into(),
+            found: format!("{} ids", job.config.eos.len()),
+            expected: "at most 3, for which GGUF has keys: leave some out, or accept that (--allow-loss)"
+                .into(),
+        }
+    })
 }
 
 #[cfg(test)]

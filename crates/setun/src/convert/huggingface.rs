@@ -1,11 +1,13 @@
-//! A Hugging Face folder: `model.safetensors`, `config.json` and the tokenizer's files.
+//! A Hugging Face folder: safetensors in one file or several, `config.json` and the tokenizer's files.
 
 use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::Job;
+use super::encode::cannot;
+use super::losses::JSON_KEY;
 use super::plan::{Item, Part, Planned};
+use super::{Job, Prepared};
 use crate::config::{Exceptions, ModelConfig, Numerics, RopeScaling, Storage, Ternary};
 use crate::error::ModelError;
 use crate::format::{CheckpointKind, Encoding, ScaleConvention, TensorSpec};
@@ -29,31 +31,54 @@ pub(crate) const COMPANIONS: [&str; 13] = [
     "NOTICE",
 ];
 
-/// The tensors, and what the scales beside packed ones mean.
-pub(super) fn items(job: &Job, notes: &mut Vec<String>) -> Result<(Vec<Item>, ScaleConvention), ModelError> {
+/// Writes everything but the weights into `folder`, and says what those are to be.
+pub(super) fn prepare(job: &Job, folder: &Path) -> Result<Prepared, ModelError> {
+    let (mut losses, mut notes) = (Vec::new(), Vec::new());
     // What config.json cannot say is refused before anything is written.
-    config(job, ScaleConvention::Multiply)?;
     let scales = convention(job);
-    let widen = job.is_ternary() && floats_differ(job);
+    let config = config(job, scales, &mut losses)?;
+    let items = items(job, scales, &mut notes)?;
+    losses.extend(job.tokenizer_left_out());
+    let losses = job.all_losses(&items, scales, losses)?;
+    let tokenizer = write_files(job, folder, &items, &config, &losses, &mut notes)?;
+    Ok(Prepared { items, scales, tokenizer, losses, notes })
+}
+
+/// What a GGUF file says about the model (name, licence, authors), for the header of the weights.
+pub(super) fn header(job: &Job) -> Vec<(String, String)> {
+    let strings = job.file.gguf_metadata().into_iter().flat_map(|metadata| metadata.iter());
+    let ours = strings.filter(|(key, _)| key.starts_with("general.") && *key != "general.architecture");
+    let texts = ours.filter_map(|(key, value)| Some((key.to_owned(), value.as_str()?.to_owned())));
+    let carried = job.file.header_metadata().iter().filter(|(key, _)| key.starts_with("general."));
+    texts.chain(carried.cloned()).collect()
+}
+
+fn items(job: &Job, scales: ScaleConvention, notes: &mut Vec<String>) -> Result<Vec<Item>, ModelError> {
+    let widen = job.packs() && floats_differ(job);
     let mut items = Vec::with_capacity(job.planned.len() * 2);
     for (index, planned) in job.planned.iter().enumerate() {
         let spec = |name: String, shape: Vec<usize>, encoding| TensorSpec { name, shape, encoding };
         let mut put = |spec, part| items.push(Item { spec, part, interleave: None });
         let name = planned.name.clone();
-        match (planned.role, planned.ternary) {
-            (Some(_), true) => {
+        match packed(job, planned) {
+            true => {
                 let (rows, cols) = (planned.shape[0], planned.shape[1]);
                 if !rows.is_multiple_of(4) {
-                    let why = format!("{rows} rows are not a multiple of 4");
-                    return Err(ModelError::CannotEncode { name, encoding: "packed uint8".into(), why });
+                    return Err(cannot(
+                        planned,
+                        "packed uint8",
+                        format!("{rows} rows are not a multiple of 4"),
+                    ));
                 }
                 let scale_type = if widen { Encoding::F32 } else { scale_type(job, planned, scales) };
+                // Codes first: their scale is then known.
+                let part = Part::Packed(index, scale_type.clone());
+                put(spec(name.clone(), vec![rows / 4, cols], Encoding::U8), part);
                 put(spec(format!("{name}_scale"), vec![1], scale_type), Part::Scale(index));
-                put(spec(name, vec![rows / 4, cols], Encoding::U8), Part::Tensor(index));
             }
-            _ => {
+            false => {
                 let own = float_type(job, planned);
-                let asked = planned.role.is_some() && job.options.embedding_type.is_some();
+                let asked = planned.role.is_some() && job.asked(planned).is_some();
                 let encoding = if widen && !asked { Encoding::F32 } else { own };
                 put(spec(name, planned.shape.clone(), encoding), Part::Tensor(index));
             }
@@ -64,7 +89,11 @@ pub(super) fn items(job: &Job, notes: &mut Vec<String>) -> Result<(Vec<Item>, Sc
                     --embedding-type out, or ask for f32";
         notes.push(note.into());
     }
-    Ok((items, scales))
+    Ok(items)
+}
+
+fn packed(job: &Job, planned: &Planned) -> bool {
+    planned.ternary && planned.is_block_linear() && job.packs()
 }
 
 fn float_type(job: &Job, planned: &Planned) -> Encoding {
@@ -74,7 +103,7 @@ fn float_type(job: &Job, planned: &Planned) -> Encoding {
 /// Whether the tensors that stay floats would have several types. `transformers` casts those of a float model to one as it
 /// loads them, but those of a packed one not, and its products then refuse their operands.
 fn floats_differ(job: &Job) -> bool {
-    let mut types = job.planned.iter().filter(|p| !p.ternary).map(|p| float_type(job, p));
+    let mut types = job.planned.iter().filter(|p| !packed(job, p)).map(|p| float_type(job, p));
     let first = types.next();
     types.any(|other| Some(other) != first)
 }
@@ -94,7 +123,7 @@ fn scale_type(job: &Job, planned: &Planned, scales: ScaleConvention) -> Encoding
 
 /// Vectors keep their type, but a bias that a scale was multiplied into is an f32 product.
 fn vector_type(job: &Job, planned: &Planned) -> Encoding {
-    if planned.name.ends_with(".bias") && job.is_ternary() { Encoding::F32 } else { planned.own_float() }
+    if planned.name.ends_with(".bias") && job.packs() { Encoding::F32 } else { planned.own_float() }
 }
 
 fn convention(job: &Job) -> ScaleConvention {
@@ -110,7 +139,7 @@ fn convention(job: &Job) -> ScaleConvention {
 }
 
 /// The configuration as the folder has it.
-fn config(job: &Job, scales: ScaleConvention) -> Result<ModelConfig, ModelError> {
+fn config(job: &Job, scales: ScaleConvention, losses: &mut Vec<String>) -> Result<ModelConfig, ModelError> {
     let mut config = job.config.clone();
     if let RopeScaling::Divisors(_) = config.rope.scaling {
         return Err(ModelError::ConfigValue {
@@ -128,21 +157,32 @@ fn config(job: &Job, scales: ScaleConvention) -> Result<ModelConfig, ModelError>
                 .into(),
         });
     }
-    if config.rotation.is_some() {
-        return Err(ModelError::ConfigValue {
+    if let Some(rotation) = config.rotation.take() {
+        let what = format!(
+            "rotation metadata (prism.hadamard): {} matrices are turned back into the plain basis and are floats, no longer \
+             ternary",
+            rotation.folded()
+        );
+        job.lose(losses, what, || ModelError::ConfigValue {
             field: "prism.hadamard".into(),
             found: "a rotation of weights".into(),
-            expected: "absent, since no loader of such folders would apply it: convert to GGUF".into(),
-        });
+            expected: "absent, since no loader of such folders would apply it: convert to GGUF, or accept weights that are turned \
+                       back and no longer ternary (--allow-loss)"
+                .into(),
+        })?;
+        if job.packs() {
+            let first = job.planned.iter().find(|p| p.is_block_linear()).expect("a model has layers");
+            let why = "it is rotated, and turned back it is no longer ternary: leave --scales out";
+            return Err(cannot(first, "packed uint8", why.into()));
+        }
     }
     if job.is_weight_only() {
-        return Err(ModelError::ConfigValue {
-            field: "quantization_config".into(),
-            found: "ternary weights with float activations".into(),
-            expected: "W1.58A8, since loaders of packed layers round activations to int8: convert to GGUF, or read a float \
-                       folder as floats (--weights float)"
-                .into(),
-        });
+        if !job.packs() {
+            config.numerics = Numerics::Float;
+            return Ok(config);
+        }
+        losses.push("float activations: loaders of packed layers multiply them with int8 ones".into());
+        config.numerics = Numerics::Ternary(Ternary::bitnet(Storage::Multiply, None));
     }
     if let Numerics::Ternary(ternary) = &mut config.numerics {
         // Layers that a GGUF file keeps in float have to be listed here, and a list replaces the default.
@@ -178,20 +218,28 @@ fn module(name: &str) -> &str {
 }
 
 /// Writes everything but the weights. Returns whether there is a tokenizer.
-pub(super) fn write_files(
+fn write_files(
     job: &Job,
     folder: &Path,
     items: &[Item],
-    scales: ScaleConvention,
+    config: &ModelConfig,
+    losses: &[String],
     notes: &mut Vec<String>,
 ) -> Result<bool, ModelError> {
-    let mut json = config(job, scales)?.to_json();
-    json["torch_dtype"] =
-        match items.iter().find(|i| i.spec.encoding != Encoding::U8 && i.spec.shape.len() == 2) {
-            Some(Item { spec: TensorSpec { encoding: Encoding::F16, .. }, .. }) => "float16".into(),
-            Some(Item { spec: TensorSpec { encoding: Encoding::BF16, .. }, .. }) => "bfloat16".into(),
-            _ => "float32".into(),
-        };
+    let mut json = config.to_json();
+    // Loaders cast to it, so it must hold every tensor.
+    let floats =
+        items.iter().filter(|i| i.spec.encoding != Encoding::U8 && !matches!(i.part, Part::Scale(_)));
+    let mut types = floats.map(|i| &i.spec.encoding);
+    let first = types.next();
+    json["torch_dtype"] = match first.filter(|first| types.all(|other| other == *first)) {
+        Some(Encoding::F16) => "float16".into(),
+        Some(Encoding::BF16) => "bfloat16".into(),
+        _ => "float32".into(),
+    };
+    if !losses.is_empty() {
+        json[JSON_KEY] = json!(losses);
+    }
     write_json(&folder.join("config.json"), &json)?;
     let source = job
         .file

@@ -43,6 +43,17 @@ impl Planned {
             _ => Encoding::F32,
         }
     }
+
+    /// The narrowest type that keeps its ternary values as floats: F16 where its scales are f16.
+    pub(super) fn copy_type(&self) -> Encoding {
+        match &self.stored {
+            Encoding::Q1_0 | Encoding::Q2_0G64 | Encoding::Q2_0G128 | Encoding::PQ2_0 | Encoding::PTQ1_0 => {
+                Encoding::F16
+            }
+            Encoding::TQ1_0 | Encoding::TQ2_0 | Encoding::IQ1BN => Encoding::F16,
+            _ => self.own_float(),
+        }
+    }
 }
 
 /// Every tensor that `config` asks for, in the order of the forward pass. [`Model::build`] is the one table of them.
@@ -94,6 +105,10 @@ pub(super) enum Part {
     Tensor(usize),
     /// The planned matrices at these indices, one after another.
     Stack(Vec<usize>),
+    /// The planned tensors at these indices, which are one in the input, byte for byte.
+    Verbatim(Vec<usize>),
+    /// Four codes to a byte of the planned tensor at this index, whose scale is stored in this type.
+    Packed(usize, Encoding),
     /// The `weight_scale` beside the packed tensor at this index.
     Scale(usize),
     /// Values that no input tensor holds.
@@ -104,8 +119,8 @@ impl Part {
     /// The planned tensors that are written.
     pub(super) fn planned(&self) -> &[usize] {
         match self {
-            Self::Tensor(index) => std::slice::from_ref(index),
-            Self::Stack(indices) => indices,
+            Self::Tensor(index) | Self::Packed(index, _) => std::slice::from_ref(index),
+            Self::Stack(indices) | Self::Verbatim(indices) => indices,
             Self::Scale(_) | Self::Given(_) => &[],
         }
     }

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::gguf::{self, Metadata};
@@ -64,23 +65,26 @@ impl Checkpoint {
         if !found.is_dir() {
             return Self::from_file(path, FileBytes::open(path)?, true, options);
         }
-        let (kind, (files, tensors)) = match safetensors::find_in_folder(path)? {
+        let (kind, (files, header)) = match safetensors::find_in_folder(path)? {
             safetensors::Found::Single(file) => {
                 let mut checkpoint = Self::from_file(&file, FileBytes::open(&file)?, true, options)?;
                 checkpoint.path = path.to_owned();
                 return Ok(checkpoint);
             }
             safetensors::Found::Index(index) => {
-                let read = |path: &Path, bytes: &[u8]| Ok(safetensors::read(path, bytes)?.tensors);
-                (CheckpointKind::Safetensors, safetensors::open_sharded(&index, read)?)
+                (CheckpointKind::Safetensors, safetensors::open_sharded(&index, safetensors::read)?)
             }
             safetensors::Found::PyTorchIndex(index) => {
-                let read = |path: &Path, bytes: &[u8]| Ok(pickle::read(path, bytes)?.tensors);
+                let read = |path: &Path, bytes: &[u8]| {
+                    let tensors = pickle::read(path, bytes)?.tensors;
+                    Ok(safetensors::Header { tensors, metadata: Vec::new() })
+                };
                 (CheckpointKind::PyTorch, safetensors::open_sharded(&index, read)?)
             }
         };
         let mut checkpoint = Self::new(path, kind, files, true, options);
-        checkpoint.set_tensors(tensors);
+        checkpoint.set_tensors(header.tensors);
+        checkpoint.header = header.metadata;
         Ok(checkpoint)
     }
 
@@ -244,8 +248,14 @@ impl Checkpoint {
     /// Tells the system that a tensor's pages are not needed for now. A hint, for loading tensor by
     /// tensor in bounded memory; the tensor can be read again.
     pub fn release(&self, info: &TensorInfo) {
+        self.release_part(info, 0..info.range.len());
+    }
+
+    /// As [`release`](Self::release), for some of its stored bytes.
+    pub(crate) fn release_part(&self, info: &TensorInfo, part: Range<usize>) {
         if let Some(file) = self.files.get(info.file) {
-            file.release(info.range.clone());
+            let start = info.range.start;
+            file.release(start + part.start..(start + part.end).min(info.range.end));
         }
     }
 

@@ -16,6 +16,7 @@ mod options;
 mod output;
 mod pickle;
 mod safetensors;
+mod shards;
 mod tensor;
 
 pub use checkpoint::{Checkpoint, CheckpointKind};
@@ -25,4 +26,6 @@ pub use encode::{Scaling, encode_floats, encode_hf_packed, encode_ternary};
 pub use llama2c::{Llama2cFacts, Llama2cKind};
 pub use options::{FloatWeights, I2sLayout, OpenOptions, Type42};
 pub use safetensors::SafetensorsWriter;
+pub(crate) use shards::is_shard_name;
+pub use shards::{DEFAULT_SHARD_SIZE, ShardedWriter};
 pub use tensor::{Encoding, Tensor, TensorInfo, TensorSpec};

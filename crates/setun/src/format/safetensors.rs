@@ -19,7 +19,7 @@ use crate::error::ModelError;
 
 /// Longest header accepted, in bytes; the format's own limit.
 const MAX_HEADER: u64 = 100_000_000;
-const INDEX_NAME: &str = "model.safetensors.index.json";
+pub(super) const INDEX_NAME: &str = "model.safetensors.index.json";
 /// What PyTorch's own format is called in model folders.
 const PYTORCH_NAME: &str = "pytorch_model.bin";
 const PYTORCH_INDEX_NAME: &str = "pytorch_model.bin.index.json";
@@ -161,11 +161,12 @@ pub(crate) fn read(path: &Path, bytes: &[u8]) -> Result<Header, ModelError> {
     Ok(Header { tensors, metadata })
 }
 
-/// Opens every shard of an index and takes from each the tensors the index assigns to it; `read` reads a shard's header.
+/// Opens every shard of an index and takes from each the tensors the index assigns to it, and from the first the strings
+/// of its header; `read` reads a shard's header.
 pub(crate) fn open_sharded(
     index: &Path,
-    read: impl Fn(&Path, &[u8]) -> Result<Vec<TensorInfo>, ModelError>,
-) -> Result<(Vec<FileBytes>, Vec<TensorInfo>), ModelError> {
+    read: impl Fn(&Path, &[u8]) -> Result<Header, ModelError>,
+) -> Result<(Vec<FileBytes>, Header), ModelError> {
     let text = std::fs::read(index).map_err(|e| ModelError::read(index, e))?;
     let RawIndex { weight_map } = serde_json::from_slice(&text)
         .map_err(|e| ModelError::format(index, format!("not a valid shard index: {e}")))?;
@@ -174,7 +175,7 @@ pub(crate) fn open_sharded(
         shards.entry(shard).or_default().push(tensor);
     }
     let folder = index.parent().unwrap_or(Path::new("."));
-    let (mut files, mut tensors) = (Vec::new(), Vec::new());
+    let (mut files, mut tensors, mut metadata) = (Vec::new(), Vec::new(), None);
     for (shard, wanted) in shards {
         let mut parts = Path::new(shard).components();
         let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
@@ -184,9 +185,10 @@ pub(crate) fn open_sharded(
         }
         let path = folder.join(shard);
         let bytes = FileBytes::open(&path)?;
-        let found = read(&path, &bytes)?;
+        let header = read(&path, &bytes)?;
+        metadata.get_or_insert(header.metadata);
         let mut wanted: HashSet<&str> = wanted.into_iter().collect();
-        for mut info in found {
+        for mut info in header.tensors {
             // What the index does not name is left out, as the format's own loader does.
             if wanted.remove(info.name.as_str()) {
                 info.file = files.len();
@@ -199,7 +201,7 @@ pub(crate) fn open_sharded(
         }
         files.push(bytes);
     }
-    Ok((files, tensors))
+    Ok((files, Header { tensors, metadata: metadata.unwrap_or_default() }))
 }
 
 fn known_dtype(name: &str) -> Option<Dtype> {
@@ -298,13 +300,15 @@ impl<'de, V: Deserialize<'de>> Deserialize<'de> for UniqueMap<V> {
 
 /// A safetensors file being written. It appears under its name when [`finish`](Self::finish) succeeds.
 ///
-/// Tensors are laid out by falling element width, so that each stays aligned in the mapped file, and
-/// in the given order among equals: ask [`pending`](Self::pending) which one is next.
+/// Tensors are laid out in the given order where each is then aligned to its elements in the mapped file, else by
+/// falling element width, and in the given order among equals: ask [`pending`](Self::pending) which one is next.
 #[derive(Debug)]
 pub struct SafetensorsWriter {
     output: Output,
     specs: Vec<TensorSpec>,
     next: usize,
+    /// Bytes of the pending tensor that are written.
+    written: usize,
 }
 
 impl SafetensorsWriter {
@@ -318,11 +322,14 @@ impl SafetensorsWriter {
         metadata: &[(String, String)],
         mut specs: Vec<TensorSpec>,
     ) -> Result<Self, ModelError> {
-        specs.sort_by_key(|spec| match spec.encoding {
-            Encoding::F32 => 0,
-            Encoding::F16 | Encoding::BF16 => 1,
-            _ => 2,
+        let width = |spec: &TensorSpec| spec.encoding.block().map_or(1, |(_, bytes)| bytes);
+        let end = specs.iter().try_fold(0usize, |offset, spec| {
+            let length = spec.encoding.byte_len(&spec.shape).filter(|_| offset.is_multiple_of(width(spec)));
+            offset.checked_add(length?)
         });
+        if end.is_none() {
+            specs.sort_by_key(|spec| std::cmp::Reverse(width(spec)));
+        }
         let mut strings = serde_json::Map::new();
         strings.insert("format".into(), "pt".into());
         for (key, value) in metadata {
@@ -358,7 +365,7 @@ impl SafetensorsWriter {
         let mut output = Output::create(path)?;
         output.write(&(text.len() as u64).to_le_bytes())?;
         output.write(&text)?;
-        Ok(Self { output, specs, next: 0 })
+        Ok(Self { output, specs, next: 0, written: 0 })
     }
 
     /// The tensor whose bytes are to be written next.
@@ -372,15 +379,31 @@ impl SafetensorsWriter {
     /// [`ModelError::Tensor`] if they are too many or too few, [`ModelError::Write`] if the disk
     /// refuses, [`ModelError::Format`] if all tensors are written already.
     pub fn tensor(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
+        match self.specs.get(self.next) {
+            Some(spec) if spec.encoding.byte_len(&spec.shape) != Some(self.written + bytes.len()) => {
+                Err(wrong_length(spec, self.written + bytes.len()))
+            }
+            _ => self.part(bytes),
+        }
+    }
+
+    /// Writes the next bytes of the [`pending`](Self::pending) tensor, which is complete with the last of them.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] if they are too many, else as [`tensor`](Self::tensor).
+    pub fn part(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
         let Some(spec) = self.specs.get(self.next) else {
             return Err(ModelError::format(self.output.path(), "all tensors are already written"));
         };
-        if spec.encoding.byte_len(&spec.shape) != Some(bytes.len()) {
-            let what = format!("{} bytes to write, which is not what its header entry says", bytes.len());
-            return Err(ModelError::tensor(&spec.name, what));
+        let (found, expected) = (self.written + bytes.len(), spec.encoding.byte_len(&spec.shape));
+        if expected.is_none_or(|expected| found > expected) {
+            return Err(wrong_length(spec, found));
         }
         self.output.write(bytes)?;
-        self.next += 1;
+        self.written = found;
+        if expected == Some(found) {
+            (self.next, self.written) = (self.next + 1, 0);
+        }
         Ok(())
     }
 
@@ -395,4 +418,8 @@ impl SafetensorsWriter {
         }
         self.output.finish()
     }
+}
+
+fn wrong_length(spec: &TensorSpec, found: usize) -> ModelError {
+    ModelError::tensor(&spec.name, format!("{found} bytes to write, which is not what its header entry says"))
 }

@@ -188,7 +188,7 @@ fn a_drafting_block_is_left_out_and_conversion_says_so() {
     let error =
         convert(&draft, &folder.path().join("x.gguf"), &options, &mut |_| {}).unwrap_err().to_string();
     assert!(error.contains("nextn_predict_layers"), "{error}");
-    let options = ConvertOptions { lossy: true, ..options };
+    let options = ConvertOptions { allow_loss: true, ..options };
     convert(&draft, &folder.path().join("x.gguf"), &options, &mut |_| {}).unwrap();
 }
 
@@ -333,6 +333,7 @@ fn a_hugging_face_folder_gives_the_references_logits_and_so_does_the_gguf_made_o
     assert!(gap <= 1e-3, "{gap}");
     let made = Checkpoint::open(&path).unwrap();
     assert_eq!(made.info("blk.0.ssm_conv1d.weight").unwrap().shape, [512, 4]);
+    assert_eq!(made.info("blk.0.ssm_out.weight").unwrap().encoding, Encoding::Q2_0G64);
     let original = Checkpoint::open(gguf()).unwrap();
     for name in
         ["blk.1.attn_qkv.weight", "blk.0.ssm_out.weight", "blk.2.ssm_beta.weight", "blk.0.ssm_conv1d.weight"]

@@ -19,6 +19,8 @@ pub struct GgufWriter {
     specs: Vec<TensorSpec>,
     lengths: Vec<usize>,
     next: usize,
+    /// Bytes of the pending tensor that are written.
+    written: usize,
     alignment: usize,
 }
 
@@ -93,7 +95,7 @@ impl GgufWriter {
         let mut output = Output::create(path)?;
         output.write(&header)?;
         output.pad(header.len().next_multiple_of(alignment) - header.len())?;
-        Ok(Self { output, specs, lengths, next: 0, alignment })
+        Ok(Self { output, specs, lengths, next: 0, written: 0, alignment })
     }
 
     /// The tensor whose bytes are to be written next.
@@ -107,17 +109,32 @@ impl GgufWriter {
     /// [`ModelError::Tensor`] if they are too many or too few, [`ModelError::Write`] if the disk
     /// refuses, [`ModelError::Format`] if all tensors are written already.
     pub fn tensor(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
+        if let Some(spec) = self.specs.get(self.next)
+            && self.written + bytes.len() != self.lengths[self.next]
+        {
+            return Err(wrong_length(spec, self.written + bytes.len(), self.lengths[self.next]));
+        }
+        self.part(bytes)
+    }
+
+    /// Writes the next bytes of the [`pending`](Self::pending) tensor, which is complete with the last of them.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] if they are too many, else as [`tensor`](Self::tensor).
+    pub fn part(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
         let Some(spec) = self.specs.get(self.next) else {
             return Err(ModelError::format(self.output.path(), "all tensors are already written"));
         };
-        let expected = self.lengths[self.next];
-        if bytes.len() != expected {
-            let what = format!("{} bytes to write, but its header entry says {expected}", bytes.len());
-            return Err(ModelError::tensor(&spec.name, what));
+        let (found, expected) = (self.written + bytes.len(), self.lengths[self.next]);
+        if found > expected {
+            return Err(wrong_length(spec, found, expected));
         }
         self.output.write(bytes)?;
-        self.output.pad(expected.next_multiple_of(self.alignment) - expected)?;
-        self.next += 1;
+        self.written = found;
+        if found == expected {
+            self.output.pad(expected.next_multiple_of(self.alignment) - expected)?;
+            (self.next, self.written) = (self.next + 1, 0);
+        }
         Ok(())
     }
 
@@ -132,6 +149,10 @@ impl GgufWriter {
         }
         self.output.finish()
     }
+}
+
+fn wrong_length(spec: &TensorSpec, found: usize, expected: usize) -> ModelError {
+    ModelError::tensor(&spec.name, format!("{found} bytes to write, but its header entry says {expected}"))
 }
 
 /// Readers decide which Q2_0 a file holds from its sizes, so it must be one, and its sizes must tell.
