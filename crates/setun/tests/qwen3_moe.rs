@@ -287,6 +287,9 @@ fn experts_are_stacked_for_gguf_and_come_apart_again_unchanged() {
     }
     assert_eq!(logits(&at("in")), logits(&at("a.gguf")));
     assert_eq!(logits(&at("in")), logits(&at("out")));
+    // From GGUF to GGUF stacks go along as they are.
+    run(&at("a.gguf"), &at("same.gguf"), ConvertOptions::default()).unwrap();
+    assert_eq!(tensors(&at("same.gguf")), tensors(&at("a.gguf")));
     // A second way through changes nothing.
     run(&at("out"), &at("b.gguf"), ConvertOptions::default()).unwrap();
     assert_eq!(

@@ -31,6 +31,9 @@ pub(crate) const COMPANIONS: [&str; 13] = [
     "NOTICE",
 ];
 
+/// The folder of chat templates that are not the usual one.
+pub(super) const MORE_TEMPLATES: &str = "additional_chat_templates";
+
 /// Writes everything but the weights into `folder`, and says what those are to be.
 pub(super) fn prepare(job: &Job, folder: &Path) -> Result<Prepared, ModelError> {
     let (mut losses, mut notes) = (Vec::new(), Vec::new());
@@ -39,9 +42,51 @@ pub(super) fn prepare(job: &Job, folder: &Path) -> Result<Prepared, ModelError> 
     let config = config(job, scales, &mut losses)?;
     let items = items(job, scales, &mut notes)?;
     losses.extend(job.tokenizer_left_out());
+    let own = own_tokenizer(job)?;
+    let tokenizer = job.options.tokenizer.filter(|_| !job.options.without_tokenizer).or(own.as_ref());
+    for template in tokenizer.map_or(&[][..], Tokenizer::chat_templates) {
+        if template_file(&template.name).is_none() {
+            let what = format!("the chat template `{}`, whose name is no file name", template.name);
+            job.lose(&mut losses, what, || ModelError::ConfigValue {
+                field: template.origin.clone(),
+                found: format!("a chat template named `{}`", template.name),
+                expected: "letters, digits, - and _, since such a folder keeps it in a file of that name: convert to GGUF, or \
+                           leave it out (--allow-loss)"
+                    .into(),
+            })?;
+        }
+    }
     let losses = job.all_losses(&items, scales, losses)?;
-    let tokenizer = write_files(job, folder, &items, &config, &losses, &mut notes)?;
+    let tokenizer = write_files(job, folder, &items, &config, &losses, tokenizer, &mut notes)?;
     Ok(Prepared { items, scales, tokenizer, losses, notes })
+}
+
+/// The folder whose tokenizer files are copied as they are.
+fn companions<'a>(job: &Job<'a>) -> Option<&'a Path> {
+    let options = job.options;
+    let ours = matches!(job.file.kind(), CheckpointKind::Safetensors | CheckpointKind::PyTorch);
+    job.file.folder().filter(|_| ours && options.tokenizer.is_none() && !options.without_tokenizer)
+}
+
+/// The model's own tokenizer, where its files are to be made.
+fn own_tokenizer(job: &Job) -> Result<Option<Tokenizer>, ModelError> {
+    if job.options.tokenizer.is_some() || job.options.without_tokenizer || companions(job).is_some() {
+        return Ok(None);
+    }
+    match Tokenizer::of(job.file) {
+        Ok(found) => Ok(Some(found)),
+        Err(ModelError::Unsupported { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Where a folder keeps the chat template of this name; a name from a file is no path.
+pub(super) fn template_file(name: &str) -> Option<String> {
+    let plain = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c));
+    match name {
+        "default" => Some("chat_template.jinja".into()),
+        _ => plain.then(|| format!("{MORE_TEMPLATES}/{name}.jinja")),
+    }
 }
 
 /// What a GGUF file says about the model (name, licence, authors), for the header of the weights.
@@ -189,7 +234,7 @@ fn config(job: &Job, scales: ScaleConvention, losses: &mut Vec<String>) -> Resul
         let float = |p: &&Planned| p.is_block_linear() && !p.ternary;
         let mut listed: Vec<String> =
             job.planned.iter().filter(float).map(|p| module(&p.name).to_owned()).collect();
-        if ternary.storage == Storage::SelfDescribed && !listed.is_empty() {
+        if (ternary.storage == Storage::SelfDescribed || job.is_weight_only()) && !listed.is_empty() {
             listed.push("lm_head".into());
             ternary.exceptions = Some(Exceptions::new(listed)?);
         }
@@ -224,6 +269,7 @@ fn write_files(
     items: &[Item],
     config: &ModelConfig,
     losses: &[String],
+    tokenizer: Option<&Tokenizer>,
     notes: &mut Vec<String>,
 ) -> Result<bool, ModelError> {
     let mut json = config.to_json();
@@ -241,26 +287,9 @@ fn write_files(
         json[JSON_KEY] = json!(losses);
     }
     write_json(&folder.join("config.json"), &json)?;
-    let source = job
-        .file
-        .folder()
-        .filter(|_| matches!(job.file.kind(), CheckpointKind::Safetensors | CheckpointKind::PyTorch));
-    if let (None, false, Some(source)) = (job.options.tokenizer, job.options.without_tokenizer, source) {
+    if let Some(source) = companions(job) {
         return copy_companions(source, folder, notes);
     }
-    let own;
-    let tokenizer = match job.options.tokenizer {
-        _ if job.options.without_tokenizer => None,
-        Some(given) => Some(given),
-        None => match Tokenizer::of(job.file) {
-            Ok(found) => {
-                own = found;
-                Some(&own)
-            }
-            Err(ModelError::Unsupported { .. }) => None,
-            Err(error) => return Err(error),
-        },
-    };
     let mut ends = job.config.eos.clone();
     ends.extend(
         tokenizer.map_or(&[][..], Tokenizer::eos_ids).iter().filter(|id| !job.config.eos.contains(id)),
@@ -295,18 +324,9 @@ fn write_files(
         }),
     )?;
     for template in tokenizer.chat_templates() {
-        let more = folder.join("additional_chat_templates");
-        let path = match template.name.as_str() {
-            "default" => folder.join("chat_template.jinja"),
-            // A name from a file is no path.
-            name if !name.is_empty()
-                && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)) =>
-            {
-                std::fs::create_dir_all(&more).map_err(|e| ModelError::write(&more, e))?;
-                more.join(format!("{name}.jinja"))
-            }
-            _ => continue,
-        };
+        let Some(path) = template_file(&template.name).map(|file| folder.join(file)) else { continue };
+        let place = path.parent().unwrap_or(folder);
+        std::fs::create_dir_all(place).map_err(|e| ModelError::write(place, e))?;
         write_text(&path, &template.source)?;
     }
     Ok(true)
@@ -319,7 +339,7 @@ fn copy_companions(from: &Path, to: &Path, notes: &mut Vec<String>) -> Result<bo
             std::fs::copy(&source, &target).map_err(|e| ModelError::write(&target, e))?;
         }
     }
-    let more = "additional_chat_templates";
+    let more = MORE_TEMPLATES;
     for entry in std::fs::read_dir(from.join(more)).into_iter().flatten().flatten() {
         let target = to.join(more).join(entry.file_name());
         if entry.path().extension().is_some_and(|end| end == "jinja") && entry.path().is_file() {

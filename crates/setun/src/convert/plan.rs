@@ -72,12 +72,21 @@ struct Collector<'a> {
 impl Collector<'_> {
     fn note(&mut self, name: &str, shape: Vec<usize>, role: Option<Role>) {
         let info = self.file.info(&self.weights.stored_name(name));
+        let ternary = role.is_some_and(|role| self.weights.is_ternary(name, role));
+        let stored = match (info, role) {
+            // MLX's words of codes are floats in the type of the scales beside them.
+            (Some(info), Some(role)) if ternary && matches!(info.encoding, Encoding::Other(_)) => {
+                let beside = self.weights.companions(name, role);
+                beside.first().and_then(|scales| self.file.info(scales))
+            }
+            _ => info,
+        };
         self.planned.push(Planned {
             name: name.to_owned(),
             shape,
             role,
-            ternary: role.is_some_and(|role| self.weights.is_ternary(name, role)),
-            stored: info.map_or(Encoding::F32, |i| i.encoding.clone()),
+            ternary,
+            stored: stored.map_or(Encoding::F32, |i| i.encoding.clone()),
             bytes: self.weights.stored_bytes(name),
         });
     }

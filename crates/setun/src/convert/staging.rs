@@ -7,7 +7,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use super::huggingface::COMPANIONS;
+use super::huggingface::{COMPANIONS, MORE_TEMPLATES};
 use crate::error::ModelError;
 use crate::format::is_shard_name;
 
@@ -52,15 +52,13 @@ impl Staging {
 
     /// Bytes built so far.
     pub(super) fn bytes(&self) -> Result<u64, ModelError> {
-        let failed = |e| ModelError::read(&self.path, e);
-        if !self.folder {
-            return Ok(fs::metadata(&self.path).map_err(failed)?.len());
+        fn within(path: &Path) -> std::io::Result<u64> {
+            match fs::metadata(path)? {
+                folder if folder.is_dir() => fs::read_dir(path)?.map(|entry| within(&entry?.path())).sum(),
+                file => Ok(file.len()),
+            }
         }
-        let mut total = 0;
-        for entry in fs::read_dir(&self.path).map_err(failed)? {
-            total += entry.and_then(|e| e.metadata()).map_err(failed)?.len();
-        }
-        Ok(total)
+        within(&self.path).map_err(|e| ModelError::read(&self.path, e))
     }
 
     /// An error of the work in here, told of the target: the hidden name helps nobody.
@@ -167,7 +165,15 @@ fn foreign_entry(folder: &Path) -> Result<Option<String>, ModelError> {
     for entry in fs::read_dir(folder).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if !is_model_file(&name) || entry.file_type().map_err(failed)?.is_dir() {
+        let is_folder = entry.file_type().map_err(failed)?.is_dir();
+        if is_folder && name == MORE_TEMPLATES {
+            for template in fs::read_dir(entry.path()).map_err(failed)? {
+                let inside = template.map_err(failed)?.file_name().to_string_lossy().into_owned();
+                if !inside.ends_with(".jinja") {
+                    foreign.push(format!("{name}/{inside}"));
+                }
+            }
+        } else if !is_model_file(&name) || is_folder {
             foreign.push(name);
         } else {
             known.push(name);

@@ -166,3 +166,47 @@ fn rotated_weights_are_turned_back_into_a_plain_float_folder_only_when_that_is_a
     let apart = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(apart <= 1e-4, "{apart}");
 }
+
+#[test]
+fn chat_templates_keep_their_names_and_one_that_is_no_file_name_is_a_named_loss() {
+    let folder = tempfile::tempdir().unwrap();
+    let [plain, named, out, back] = ["a.gguf", "b.gguf", "hf", "c.gguf"].map(|n| folder.path().join(n));
+    run(&model("bitnet-tied-packed-small"), &plain, gguf(None)).unwrap();
+    let with = |names: &[&str]| {
+        let file = Checkpoint::open(&plain).unwrap();
+        let mut metadata = file.gguf_metadata().unwrap().clone();
+        metadata.insert("tokenizer.chat_template", Value::String("{{ messages }}".into()));
+        for name in names {
+            metadata.insert(format!("tokenizer.chat_template.{name}"), Value::String(format!("{name}!")));
+        }
+        let specs = file.tensors().map(|t| TensorSpec {
+            name: t.name.clone(),
+            shape: t.shape.clone(),
+            encoding: t.encoding.clone(),
+        });
+        let mut writer = GgufWriter::create(&named, &metadata, specs.collect()).unwrap();
+        while let Some(name) = writer.pending().map(|spec| spec.name.clone()) {
+            writer.tensor(&file.tensor(&name).unwrap().data).unwrap();
+        }
+        writer.finish().unwrap();
+    };
+    let templates = |path: &Path| {
+        let tokenizer = Tokenizer::of(&Checkpoint::open(path).unwrap()).unwrap();
+        let all = tokenizer.chat_templates().iter().map(|t| (t.name.clone(), t.source.clone()));
+        all.collect::<std::collections::BTreeMap<_, _>>()
+    };
+    with(&["tool_use"]);
+    assert!(run(&named, &out, huggingface(None)).unwrap().losses.is_empty());
+    assert!(out.join("additional_chat_templates/tool_use.jinja").is_file());
+    assert_eq!(templates(&out), templates(&named));
+    assert_eq!(templates(&out).len(), 2);
+    run(&out, &back, gguf(None)).unwrap();
+    assert_eq!(templates(&back), templates(&named));
+    with(&["tool_use", "../x"]);
+    let options = ConvertOptions { force: true, ..huggingface(None) };
+    let error = run(&named, &out, options.clone()).unwrap_err();
+    assert!(error.contains("tokenizer.chat_template.../x") && error.contains("--allow-loss"), "{error}");
+    let report = run(&named, &out, ConvertOptions { allow_loss: true, ..options }).unwrap();
+    assert!(report.losses.len() == 1 && report.losses[0].contains("`../x`"), "{:?}", report.losses);
+    assert_eq!(templates(&out).len(), 2);
+}

@@ -127,6 +127,8 @@ fn unpacked_and_mlx_folders_compute_the_bits_of_their_gguf_twin_and_convert_to_i
         convert(&file, &copies, &options, &mut |_| {}).unwrap_or_else(|e| panic!("{name} to hf: {e}"));
         let copies = Checkpoint::open(&copies).unwrap();
         assert_eq!(storage(&copies), Some(Storage::FloatCopies), "{name}");
+        let encoding = &copies.info("model.layers.0.mlp.up_proj.weight").unwrap().encoding;
+        assert_eq!(*encoding, [Encoding::BF16, Encoding::F32, Encoding::F16][n], "{name}");
         assert_eq!(logits(&copies), expected, "{name}");
     }
 }

@@ -189,7 +189,8 @@ fn a_drafting_block_is_left_out_and_conversion_says_so() {
         convert(&draft, &folder.path().join("x.gguf"), &options, &mut |_| {}).unwrap_err().to_string();
     assert!(error.contains("nextn_predict_layers"), "{error}");
     let options = ConvertOptions { allow_loss: true, ..options };
-    convert(&draft, &folder.path().join("x.gguf"), &options, &mut |_| {}).unwrap();
+    let report = convert(&draft, &folder.path().join("x.gguf"), &options, &mut |_| {}).unwrap();
+    assert!(report.losses.len() == 1 && report.losses[0].contains("nextn_predict_layers: 1"), "{report:?}");
 }
 
 fn logits(path: &Path) -> Vec<f32> {
