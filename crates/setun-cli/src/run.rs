@@ -59,7 +59,7 @@ pub struct RunArgs {
     /// System message of a conversation
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     system: Option<String>,
-    /// Thinking of models that think before they answer, in conversations [default: show, if the model's template starts it]
+    /// Thinking of models that think before they answer, in conversations [default: show; whether the model thinks is then its template's choice]
     #[arg(long, value_name = "WHAT", conflicts_with = "raw")]
     thinking: Option<Thinking>,
     /// Chat template: the name of one of the model's, or a file with Jinja source [default: the model's `default`]
