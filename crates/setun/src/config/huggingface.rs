@@ -3,17 +3,17 @@
 mod hybrid;
 mod mlx;
 mod raw;
+mod rope;
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::rope::{Rope, RopeScaling, yarn_attention};
 use super::{
     Activation, ActivationType, Exceptions, Experts, Family, InnerNorms, ModelConfig, Numerics, Pooling,
     Storage, Ternary, contradictions, known, value_error,
 };
 use crate::error::ModelError;
-use raw::{RawConfig, RawRope};
+use raw::RawConfig;
 
 /// What a family's class in `transformers` fills in for keys that a file leaves out; sizes have no sensible default.
 struct Defaults {
@@ -118,7 +118,7 @@ impl ModelConfig {
             // Without a head of its own an embedding model counts as tied.
             tied: headless(class(&raw)) || raw.tie_word_embeddings.unwrap_or(family == Family::BitNetSilu),
             activation,
-            rope: rope(&raw, family, head_dim, max_positions, defaults.rope_theta)?,
+            rope: rope::read(&raw, family, head_dim, max_positions, defaults.rope_theta)?,
             windows: windows(json, &raw, family, num_layers)?,
             sub_norms: matches!(family, Family::BitNet | Family::BitNetSilu),
             inner_norm_eps: raw
@@ -188,7 +188,7 @@ impl ModelConfig {
             let factor = self.rope.rotary_dim as f64 / self.head_dim as f64;
             map.insert("partial_rotary_factor".into(), json!(factor));
         }
-        if let Some(scaling) = scaling_json(&self.rope.scaling) {
+        if let Some(scaling) = rope::scaling_json(&self.rope.scaling) {
             map.insert("rope_scaling".into(), scaling);
         }
         self.windows_json(map);
@@ -387,85 +387,6 @@ fn windows(
     })
 }
 
-fn rope(
-    raw: &RawConfig,
-    family: Family,
-    head_dim: usize,
-    max_positions: usize,
-    theta: f64,
-) -> Result<Rope, ModelError> {
-    let section = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());
-    let theta = section.and_then(|s| s.rope_theta).or(raw.rope_theta).unwrap_or(theta);
-    let scaling = match section {
-        None => RopeScaling::Default,
-        Some(section) => scaling(section, max_positions)?,
-    };
-    let partial = section.and_then(|s| s.partial_rotary_factor).or(raw.partial_rotary_factor);
-    if family == Family::Qwen35 {
-        return Ok(Rope { theta, rotary_dim: (head_dim as f64 * partial.unwrap_or(1.0)) as usize, scaling });
-    }
-    // The classes of the other families rotate whole heads and never look at the factor (`compute_default_rope_parameters` in
-    // transformers 5.23, modeling_llama.py and its kin); with a scaled type they make tables that fit no head, and fail.
-    if let Some(partial) = partial.filter(|&p| p != 1.0 && scaling != RopeScaling::Default) {
-        let expected = "1 or absent beside a scaled rope_type, since these families rotate whole heads";
-        return Err(value_error("partial_rotary_factor", partial, expected));
-    }
-    Ok(Rope { theta, rotary_dim: head_dim, scaling })
-}
-
-fn scaling(raw: &RawRope, max_positions: usize) -> Result<RopeScaling, ModelError> {
-    let factor = || need(raw.factor, "rope_scaling.factor");
-    let original =
-        || need(raw.original_max_position_embeddings, "rope_scaling.original_max_position_embeddings");
-    Ok(match raw.rope_type.as_deref().or(raw.r#type.as_deref()) {
-        None | Some("default") => RopeScaling::Default,
-        Some("linear") => RopeScaling::Linear { factor: factor()? },
-        Some("dynamic") => RopeScaling::Dynamic { factor: factor()?, max_positions },
-        Some("yarn") => {
-            let original = raw.original_max_position_embeddings.unwrap_or(max_positions);
-            let factor = raw.factor.unwrap_or(max_positions as f64 / original.max(1) as f64);
-            RopeScaling::Yarn {
-                factor,
-                original,
-                beta_fast: raw.beta_fast.unwrap_or(32.0),
-                beta_slow: raw.beta_slow.unwrap_or(1.0),
-                attention_factor: raw
-                    .attention_factor
-                    .unwrap_or_else(|| yarn_attention(factor, raw.mscale, raw.mscale_all_dim)),
-                truncate: raw.truncate.unwrap_or(true),
-            }
-        }
-        Some("llama3") => RopeScaling::Llama3 {
-            factor: factor()?,
-            original: original()?,
-            low_freq: need(raw.low_freq_factor, "rope_scaling.low_freq_factor")?,
-            high_freq: need(raw.high_freq_factor, "rope_scaling.high_freq_factor")?,
-        },
-        Some(other) => {
-            let expected = "one of `default`, `linear`, `dynamic`, `yarn` and `llama3`";
-            return Err(value_error("rope_scaling.rope_type", other, expected));
-        }
-    })
-}
-
-fn scaling_json(scaling: &RopeScaling) -> Option<Value> {
-    Some(match scaling {
-        // Divisors have no spelling here; a converter refuses them before it comes to this.
-        RopeScaling::Default | RopeScaling::Divisors(_) => return None,
-        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
-        RopeScaling::Dynamic { factor, .. } => json!({"rope_type": "dynamic", "factor": factor}),
-        RopeScaling::Yarn { factor, original, beta_fast, beta_slow, attention_factor, truncate } => json!({
-            "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
-            "beta_fast": beta_fast, "beta_slow": beta_slow, "attention_factor": attention_factor,
-            "truncate": truncate,
-        }),
-        RopeScaling::Llama3 { factor, original, low_freq, high_freq } => json!({
-            "rope_type": "llama3", "factor": factor, "original_max_position_embeddings": original,
-            "low_freq_factor": low_freq, "high_freq_factor": high_freq,
-        }),
-    })
-}
-
 fn ids(value: &Option<Value>, field: &str) -> Result<Vec<u32>, ModelError> {
     let wrong = || value_error(field, value.as_ref().unwrap_or(&Value::Null), "a token id or a list of them");
     let one = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(wrong);
@@ -478,6 +399,7 @@ fn ids(value: &Option<Value>, field: &str) -> Result<Vec<u32>, ModelError> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::rope::RopeScaling;
     use super::*;
 
     fn read(class: &str, changes: Value) -> Result<ModelConfig, ModelError> {
