@@ -6,6 +6,8 @@ cd "$(dirname "$0")"
 minutes=${1:-10}
 targets=("${@:2}")
 ((${#targets[@]})) || targets=(gguf safetensors tokenizer_json chat_template)
+# Where a library panics inside a catch, writing a backtrace would take seconds.
+export RUST_BACKTRACE=0
 # Inputs are written to files and opened; in memory that is faster.
 if [[ -d /dev/shm && -z ${TMPDIR:-} ]]; then export TMPDIR=/dev/shm; fi
 

@@ -15,6 +15,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget};
 use serde_json::{Value, json};
 use setun::chat::{Chat, Tags, TurnEnd};
 use setun::config::{Fact, ModelConfig};
+use setun::convert;
 use setun::format::Checkpoint;
 use setun::inspect::{Survey, survey};
 use setun::recommended::Recommended;
@@ -105,6 +106,8 @@ struct Facts<'a> {
     chat: Option<ChatFacts>,
     ends: Vec<End>,
     sampling: Recommended,
+    /// What conversions that made the file say they lost.
+    losses: Vec<String>,
     odd: Vec<String>,
 }
 
@@ -149,6 +152,7 @@ impl<'a> Facts<'a> {
             provenance = config.facts(file)?;
         }
         let sampling = Recommended::of(file).map_err(|error| note(error.to_string())).unwrap_or_default();
+        let losses = convert::losses(file).map_err(|error| note(error.to_string())).unwrap_or_default();
         let chat = tokenizer.as_ref().and_then(|tokenizer| {
             let chat = Chat::of(tokenizer, config.as_ref(), None).map_err(|error| note(error.to_string()));
             let chat = chat.ok()??;
@@ -161,7 +165,7 @@ impl<'a> Facts<'a> {
         });
         let ends = ends(config.as_ref(), tokenizer.as_ref(), chat.as_ref());
         let mut facts =
-            Self { file, config, runnable, provenance, found, tokenizer, chat, ends, sampling, odd };
+            Self { file, config, runnable, provenance, found, tokenizer, chat, ends, sampling, losses, odd };
         let more = warnings::collect(&facts);
         facts.odd.extend(more);
         Ok(facts)

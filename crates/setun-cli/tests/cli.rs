@@ -677,6 +677,8 @@ fn convert_refuses_a_loss_by_name_and_prints_the_one_that_was_allowed() {
     let said = String::from_utf8(done.stderr).unwrap();
     let loss = report["losses"][0].as_str().unwrap();
     assert!(said.contains(&format!("loss: {loss}")) && loss.contains("ternary scales"), "{said}");
+    assert_eq!(json(&["info", &out, "--json"])["losses"], report["losses"]);
+    assert!(stdout(&["info", &out]).contains("ternary scales"));
     let keys = report["verified"]["keys"].as_array().unwrap();
     assert!(keys.len() > 20 && said.contains(&format!("{} facts", keys.len())), "{said}");
     for (wrong, hint) in [(["--shard-size", "big"], "5GB"), (["--type", "tl1"], "tq1_0")] {

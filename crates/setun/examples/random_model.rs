@@ -11,7 +11,8 @@ const KV: usize = 640;
 const VOCABULARY: usize = 128_256;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let path = std::env::args().nth(1).ok_or("usage: random_model FILE")?;
+    let path =
+        std::env::args().nth(1).filter(|path| !path.starts_with('-')).ok_or("usage: random_model FILE")?;
     let mut metadata = Metadata::new();
     metadata.insert("general.architecture", Value::String("bitnet-b1.58".into()));
     for (key, value) in [

@@ -354,7 +354,7 @@ impl ModelConfig {
     /// As [`ModelConfig::from_json`] and [`ModelConfig::from_gguf`]; a safetensors file without a `config.json` beside it.
     pub fn of(file: &Checkpoint) -> Result<Self, ModelError> {
         if let Some(meta) = file.gguf_metadata() {
-            return Self::from_gguf(file, meta);
+            return Self::from_gguf(file, meta)?.with_insistence(file);
         }
         if let Some(facts) = file.llama2c() {
             return Self::from_llama2c(facts);

@@ -23,10 +23,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::config::{ActivationType, HeadOrder, ModelConfig};
+use crate::config::{ActivationType, HeadOrder, ModelConfig, Numerics};
 use crate::error::ModelError;
 use crate::format::gguf::GgufWriter;
-use crate::format::{Checkpoint, DEFAULT_SHARD_SIZE, Encoding, ScaleConvention, ShardedWriter, TensorSpec};
+use crate::format::{
+    Checkpoint, DEFAULT_SHARD_SIZE, Encoding, FloatWeights, OpenOptions, ScaleConvention, ShardedWriter,
+    TensorSpec,
+};
 use crate::model::Role;
 use crate::ops::Rotate;
 use crate::tokenizer::Tokenizer;
@@ -209,7 +212,12 @@ fn build(
             (prepared, encoder)
         }
     };
-    let written = Checkpoint::open(&staging.path)?;
+    // Float weights stay what they were taken for.
+    let weights = match job.config.numerics {
+        Numerics::Float => FloatWeights::Float,
+        Numerics::Ternary(_) => FloatWeights::Detect,
+    };
+    let written = Checkpoint::open_with(&staging.path, OpenOptions { weights, ..OpenOptions::default() })?;
     let read_back = ModelConfig::of(&written)?.with_order(options.target.order());
     let facts = facts::compare(job, &read_back);
     if let Some(field) = facts.iter().find(|(_, same)| !same).map(|(field, _)| field) {

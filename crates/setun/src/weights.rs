@@ -139,6 +139,14 @@ impl<'a> Weights<'a> {
             values = from.iter().flat_map(|&row| values[row * width..(row + 1) * width].to_vec()).collect();
         }
         self.unfold(name, &mut values);
+        if name.ends_with("linear_attn.A_log")
+            && let Some(rate) = values.iter().find(|rate| !rate.is_finite() || **rate > 0.0)
+        {
+            let what = format!(
+                "holds the decay {rate}, but −exp(A_log) is expected, which is below 0: another form was written"
+            );
+            return Err(ModelError::tensor(tensor.name(), what));
+        }
         if let Some(heads) = self.interleaved_heads(name) {
             let rows = split_pair_rows(heads, self.config.rope.rotary_dim, len);
             values = rows.map(|row| values[row]).collect();

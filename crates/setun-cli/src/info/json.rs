@@ -54,6 +54,7 @@ pub(super) fn object(facts: &Facts) -> Value {
         })).collect::<Vec<_>>(),
         "evidence": evidence,
         "sampling": facts.sampling,
+        "losses": facts.losses,
         "odd": facts.odd,
     })
 }

@@ -93,6 +93,9 @@ pub(super) fn screen(facts: &Facts) -> String {
     if file.folder().is_none() {
         out.line("trained on", "works named by `setun info --attribution`");
     }
+    for what in &facts.losses {
+        out.line("lost", what);
+    }
     for what in &facts.odd {
         out.line("warning", what);
     }

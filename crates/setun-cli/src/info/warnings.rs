@@ -15,7 +15,6 @@ pub(super) fn collect(facts: &Facts) -> Vec<String> {
         values(found, &mut odd);
         scales(found, facts.config.as_ref(), &mut odd);
     }
-    odd.extend(unrotated(facts));
     if let (Some(config), Some(tokenizer)) = (&facts.config, &facts.tokenizer) {
         vocabularies(config, tokenizer, &mut odd);
     }
@@ -104,26 +103,6 @@ fn scales(found: &Survey, config: Option<&ModelConfig>, odd: &mut Vec<String>) {
             ));
         }
     }
-}
-
-/// A model whose published weights are rotated, in a file that does not say so.
-fn unrotated(facts: &Facts) -> Option<String> {
-    let meta = facts.file.gguf_metadata()?;
-    let said = |key: &str| meta.get(key).and_then(|value| value.as_str()).unwrap_or_default().to_lowercase();
-    let name = [
-        said("general.name"),
-        said("general.basename"),
-        facts.file.path().display().to_string().to_lowercase(),
-    ];
-    let plain: Vec<String> = name.iter().map(|n| n.replace(['-', '_', '.'], " ")).collect();
-    let named = plain.iter().any(|name| name.contains("bonsai 2 "))
-        || plain[..2].iter().any(|name| name.ends_with("bonsai 2"));
-    let rotated = meta.iter().any(|(key, _)| key.starts_with("prism.hadamard"));
-    (named && !rotated).then(|| {
-        "it is named Bonsai 2, whose weights are stored rotated, but has no `prism.hadamard.*` keys: whoever made the file lost \
-         them, and it runs to nonsense"
-            .to_owned()
-    })
 }
 
 fn vocabularies(config: &ModelConfig, tokenizer: &Tokenizer, odd: &mut Vec<String>) {

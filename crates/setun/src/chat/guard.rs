@@ -213,6 +213,47 @@ impl Budget {
         self.make(text.len().saturating_mul(1000).min(1 << 20).max(text.len()))
     }
 
+    /// `value[start:stop:step]` as Python has it, of text, lists and tuples.
+    fn slice(&self, value: Value, start: Value, stop: Value, step: Value) -> Result<Value, Error> {
+        let whole = |bound: Value| match bound.is_none() {
+            true => Ok(None),
+            false => i64::try_from(bound).map(Some),
+        };
+        let step = whole(step)?.unwrap_or(1);
+        if step == 0 {
+            return Err(refused("cannot slice by step size of 0"));
+        }
+        let text = value.as_str().map(str::to_owned);
+        let items: Vec<Value> = match (&text, value.kind()) {
+            (Some(text), _) => {
+                self.make(text.len().saturating_mul(ELEMENT))?;
+                text.chars().map(Value::from).collect()
+            }
+            (_, ValueKind::Undefined | ValueKind::None) => Vec::new(),
+            (_, ValueKind::Seq | ValueKind::Iterable) => value.try_iter()?.collect(),
+            (_, kind) => return Err(refused(format!("value of type {kind} cannot be sliced"))),
+        };
+        let n = i64::try_from(items.len()).unwrap_or(i64::MAX);
+        let (lowest, highest) = if step > 0 { (0, n) } else { (-1, n - 1) };
+        let within = |bound: i64| match bound < 0 {
+            true => bound.saturating_add(n).max(lowest),
+            false => bound.min(highest),
+        };
+        let (first, last) = if step > 0 { (lowest, highest) } else { (highest, lowest) };
+        let mut at = whole(start)?.map_or(first, within);
+        let stop = whole(stop)?.map_or(last, within);
+        let mut picked = Vec::new();
+        while if step > 0 { at < stop } else { at > stop } {
+            picked.extend(usize::try_from(at).ok().and_then(|at| items.get(at)).cloned());
+            at = at.saturating_add(step);
+        }
+        Ok(match text {
+            Some(_) => Value::from(picked.iter().filter_map(Value::as_str).collect::<String>()),
+            None if value.is_tuple() => Value::from(minijinja::value::Tuple::from(picked)),
+            None => Value::from(picked),
+        })
+    }
+
     /// Puts the operations of the rebuilt template, and checked versions of the filters and methods whose result can be
     /// much larger than what they are given, into an environment.
     pub(super) fn install(self: &Arc<Self>, environment: &mut Environment) {
@@ -223,7 +264,7 @@ impl Budget {
             })+};
         }
         put!("#keep" keep(v), "#look" look(v), "#peek" peek(v), "#spread" spread(v), "#burst" burst(v));
-        put!("#concat" concat(l, r), "#add" add(l, r), "#mul" mul(l, r));
+        put!("#concat" concat(l, r), "#add" add(l, r), "#mul" mul(l, r), "#slice" slice(v, from, to, step));
 
         let budget = Arc::clone(self);
         environment.set_formatter(move |out, _, value| {

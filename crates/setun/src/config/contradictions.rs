@@ -5,6 +5,7 @@ use serde_json::Value;
 
 use super::value_error;
 use crate::error::ModelError;
+use crate::format::Checkpoint;
 use crate::format::gguf::Metadata;
 
 /// Refuses a `config.json` that says a thing twice and differently, or that scales or caps what these blocks do not.
@@ -68,6 +69,25 @@ fn equal(a: &Value, b: &Value) -> bool {
     match (a.as_f64(), b.as_f64()) {
         (Some(a), Some(b)) => a == b,
         _ => a == b,
+    }
+}
+
+/// Refuses a file that calls itself Bonsai 2, whose ternary weights are stored rotated, and has lost the word for it: it would run
+/// to nonsense.
+pub(super) fn lost_rotation(file: &Checkpoint, meta: &Metadata) -> Result<(), ModelError> {
+    let said = |key: &str| meta.get(key).and_then(|value| value.as_str()).unwrap_or_default();
+    let stem = file.path().file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+    let plain = |name: &str| name.to_lowercase().replace(['-', '_', '.'], " ") + " ";
+    let names = [said("general.name"), said("general.basename"), &stem].map(plain);
+    let packed = file.tensors().any(|t| t.name.starts_with("blk.") && t.encoding.is_ternary());
+    match names.iter().any(|name| name.contains("bonsai 2 ")) && packed {
+        false => Ok(()),
+        true => Err(ModelError::Metadata {
+            key: "prism.hadamard.version".into(),
+            what: "is missing, but the file calls itself Bonsai 2, whose weights are stored rotated: whoever made it lost the \
+                   `prism.hadamard.*` keys, without which it is nonsense; take another copy"
+                .into(),
+        }),
     }
 }
 

@@ -72,6 +72,9 @@ impl ModelConfig {
             return Err(value_error(&keys.name("attention.value_length"), value_dim, expected));
         }
         contradictions::in_gguf(meta, arch)?;
+        if rotation.is_none() {
+            contradictions::lost_rotation(file, meta)?;
+        }
         refuse_unknown_numerics(&keys, head_dim)?;
         let experts = match family {
             Family::Qwen3Moe => Some(Experts::from_gguf(meta, arch)?),

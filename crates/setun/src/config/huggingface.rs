@@ -259,27 +259,53 @@ fn wrong_type(json: &Value, error: &serde_json::Error) -> ModelError {
 }
 
 fn family(raw: &RawConfig) -> Result<Family, ModelError> {
-    // 1bitLLM's files say model_type "llama"; the class name, lower-case n, is what tells them apart.
-    let class = class(raw);
-    Ok(match (class, raw.model_type.as_deref()) {
-        (Some("BitnetForCausalLM"), _) => Family::BitNetSilu,
-        (Some("BitNetForCausalLM"), _) | (None, Some("bitnet")) => Family::BitNet,
-        (Some("LlamaForCausalLM" | "LlamaModel"), _) | (None, Some("llama")) => Family::Llama,
-        (Some("MistralForCausalLM" | "MistralModel"), _) | (None, Some("mistral")) => Family::Mistral,
-        (Some("Qwen2ForCausalLM" | "Qwen2Model"), _) | (None, Some("qwen2")) => Family::Qwen2,
-        (Some("Qwen3ForCausalLM" | "Qwen3Model"), _) | (None, Some("qwen3")) => Family::Qwen3,
-        (Some("Qwen3MoeForCausalLM"), _) | (None, Some("qwen3_moe")) => Family::Qwen3Moe,
-        (Some("Qwen3_5ForCausalLM"), _) | (None, Some("qwen3_5_text")) => Family::Qwen35,
-        (None, None) => return Err(ModelError::ConfigMissing { field: "architectures".into() }),
-        (class, model_type) => {
+    let (class, model_type) = (class(raw), raw.model_type.as_deref());
+    let by_class = class.and_then(|class| {
+        Some(match class {
+            "BitnetForCausalLM" => Family::BitNetSilu,
+            "BitNetForCausalLM" => Family::BitNet,
+            "LlamaForCausalLM" | "LlamaModel" => Family::Llama,
+            "MistralForCausalLM" | "MistralModel" => Family::Mistral,
+            "Qwen2ForCausalLM" | "Qwen2Model" => Family::Qwen2,
+            "Qwen3ForCausalLM" | "Qwen3Model" => Family::Qwen3,
+            "Qwen3MoeForCausalLM" => Family::Qwen3Moe,
+            "Qwen3_5ForCausalLM" => Family::Qwen35,
+            _ => return None,
+        })
+    });
+    let by_type = model_type.and_then(|model_type| {
+        Some(match model_type {
+            "bitnet" => Family::BitNet,
+            "llama" => Family::Llama,
+            "mistral" => Family::Mistral,
+            "qwen2" => Family::Qwen2,
+            "qwen3" => Family::Qwen3,
+            "qwen3_moe" => Family::Qwen3Moe,
+            "qwen3_5_text" => Family::Qwen35,
+            _ => return None,
+        })
+    });
+    match (by_class, by_type) {
+        // 1bitLLM's files say model_type "llama"; the class name, lower-case n, is what tells them apart.
+        (Some(Family::BitNetSilu), None | Some(Family::Llama | Family::BitNet)) => Ok(Family::BitNetSilu),
+        (Some(family), Some(other)) if family != other => {
+            let expected = format!("the type of {}, which `architectures` names", class.unwrap_or_default());
+            Err(value_error("model_type", model_type.unwrap_or_default(), expected))
+        }
+        (Some(family), _) => Ok(family),
+        (None, Some(family)) if class.is_none() => Ok(family),
+        (None, _) if class.or(model_type).is_none() => {
+            Err(ModelError::ConfigMissing { field: "architectures".into() })
+        }
+        (None, _) => {
             let found = class.or(model_type).unwrap_or_default();
             let expected = "one of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, \
                             Qwen3MoeForCausalLM, Qwen3_5ForCausalLM, BitNetForCausalLM and BitnetForCausalLM, the families this \
                             version runs";
             let expected = expected.to_owned() + &known::in_config(class, model_type);
-            return Err(value_error("architectures", found, expected));
+            Err(value_error("architectures", found, expected))
         }
-    })
+    }
 }
 
 fn class(raw: &RawConfig) -> Option<&str> {
@@ -530,6 +556,15 @@ mod tests {
             json!({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}});
         let error = read("Qwen3ForCausalLM", scaled).unwrap_err().to_string();
         assert!(error.contains("`partial_rotary_factor` is 0.5"), "{error}");
+    }
+
+    #[test]
+    fn a_model_type_of_another_family_than_the_class_is_refused() {
+        let error = read("LlamaForCausalLM", json!({"model_type": "bitnet"})).unwrap_err().to_string();
+        assert!(error.contains("`model_type` is bitnet") && error.contains("LlamaForCausalLM"), "{error}");
+        assert_eq!(read("LlamaForCausalLM", json!({"model_type": "a-fork"})).unwrap().family, Family::Llama);
+        let older = json!({"model_type": "llama", "weight_bits": 1, "input_bits": 8});
+        assert_eq!(read("BitnetForCausalLM", older).unwrap().family, Family::BitNetSilu);
     }
 
     #[test]

@@ -47,6 +47,16 @@ impl ModelConfig {
     }
 }
 
+impl ModelConfig {
+    /// `self`, which GGUF metadata gave: floats there are floats unless the caller says that they hold ternary weights.
+    pub(super) fn with_insistence(mut self, file: &Checkpoint) -> Result<Self, ModelError> {
+        if self.numerics == Numerics::Float && file.float_weights() == FloatWeights::Ternary {
+            self.numerics = recognised(file, &self)?;
+        }
+        Ok(self)
+    }
+}
+
 /// Weight-only numerics if all matrices of the blocks hold ternary values, float if none does.
 fn recognised(file: &Checkpoint, config: &ModelConfig) -> Result<Numerics, ModelError> {
     let mut seen =

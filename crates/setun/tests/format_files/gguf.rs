@@ -230,6 +230,17 @@ fn the_layout_of_i2_s_is_the_published_one_unless_the_caller_says_otherwise() {
 }
 
 #[test]
+fn a_tensor_of_unknown_size_has_its_place_in_the_file_too() {
+    let bytes = Builder::new(3, 1, 0).tensor("odd", &[4, 4], 1000, 0).data(32, 0);
+    for len in 0..=bytes.len() {
+        if let Ok(file) = open(bytes[..len].to_vec().leak()) {
+            assert!(file.tensor("odd").unwrap().to_f32().is_err());
+        }
+    }
+    assert!(open(bytes[..bytes.len() - 1].to_vec().leak()).is_err());
+}
+
+#[test]
 fn types_that_are_not_read_are_listed_but_refused_on_use_by_name() {
     let bytes = Builder::new(3, 3, 0)
         .tensor("iq", &[256], 23, 0)

@@ -71,6 +71,28 @@ fn sizes_that_fit_both_leave_tensors_unread_until_the_caller_decides() {
 }
 
 #[test]
+fn where_both_sizes_fit_the_codes_decide_if_there_are_enough() {
+    let codes = (0..16).map(|i| [0b01_10_00_01, 0b10_01_00_10, 0b00_01_10_00][i % 3]);
+    let block: Vec<u8> = [0x00, 0x2c].into_iter().chain(codes).collect();
+    let build = |tensors: usize| {
+        let mut header = Builder::new(3, tensors as u64, 0);
+        for n in 0..tensors {
+            header = header.tensor(&format!("t{n}"), &[128, 8], 42, 288 * n as u64);
+        }
+        let mut bytes = header.data(32, 288 * tensors);
+        let start = bytes.len() - 288 * tensors;
+        bytes[start..].chunks_exact_mut(18).for_each(|place| place.copy_from_slice(&block));
+        bytes
+    };
+    let file = open(&build(3)).unwrap();
+    assert_eq!(file.info("t1").unwrap().encoding, Encoding::Q2_0G64);
+    assert!(file.evidence()[0].contains("both groups fit the sizes"), "{:?}", file.evidence());
+    // Eight blocks of 128 are too few to tell.
+    let file = open(&build(1)).unwrap();
+    assert!(matches!(file.info("t0").unwrap().encoding, Encoding::Undecided { .. }));
+}
+
+#[test]
 fn a_choice_that_the_sizes_contradict_is_refused() {
     for (name, wrong) in [("g64-many.gguf", Type42::Group128), ("g128-many.gguf", Type42::Group64)] {
         let error = open_as(&bytes_of(name), wrong).unwrap_err().to_string();

@@ -83,6 +83,31 @@ fn storage(file: &Checkpoint) -> Option<Storage> {
 }
 
 #[test]
+fn float_copies_in_gguf_are_floats_unless_the_caller_insists_and_convert_either_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let twin = Checkpoint::open(golden().join("qwen3-tied/model-tq1_0.gguf")).unwrap();
+    let options = |linear_type: Option<Encoding>| ConvertOptions {
+        embedding_type: linear_type.clone(),
+        linear_type,
+        verify: true,
+        without_tokenizer: true,
+        ..Default::default()
+    };
+    let copies = folder.path().join("copies.gguf");
+    convert(&twin, &copies, &options(Some(Encoding::F16)), &mut |_| {}).unwrap();
+    let plain = Checkpoint::open(&copies).unwrap();
+    assert_eq!(storage(&plain), None);
+    let to_folder = ConvertOptions { target: Target::HuggingFace, ..options(None) };
+    convert(&plain, &folder.path().join("hf"), &to_folder, &mut |_| {}).unwrap();
+    let insist = OpenOptions { weights: FloatWeights::Ternary, ..OpenOptions::default() };
+    let insisted = Checkpoint::open_with(&copies, insist).unwrap();
+    assert_eq!((storage(&insisted), logits(&insisted)), (Some(Storage::FloatCopies), logits(&twin)));
+    let packed = folder.path().join("packed.gguf");
+    convert(&insisted, &packed, &options(None), &mut |_| {}).unwrap();
+    assert_eq!(logits(&Checkpoint::open(&packed).unwrap()), logits(&twin));
+}
+
+#[test]
 fn unpacked_and_mlx_folders_compute_the_bits_of_their_gguf_twin_and_convert_to_it() {
     let folder = tempfile::tempdir().unwrap();
     let twin = Checkpoint::open(golden().join("qwen3-tied/model-tq1_0.gguf")).unwrap();

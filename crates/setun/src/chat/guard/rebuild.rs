@@ -176,23 +176,17 @@ fn expression<'a>(expr: &Expr<'a>) -> Result<Expr<'a>, Error> {
         Expr::Var(e) => Expr::Var(at(Var { id: e.id }, span)),
         Expr::Const(e) => Expr::Const(at(ast::Const { value: e.value.clone() }, span)),
         Expr::Slice(e) => {
-            let slice = kept(Expr::Slice(at(
-                Slice {
-                    expr: looked("#peek", &e.expr)?,
-                    start: optional(&e.start)?,
-                    stop: optional(&e.stop)?,
-                    step: optional(&e.step)?,
-                },
-                span,
-            )));
-            // The engine (3.0.5) panics on empty text taken backwards. What is no plain name is left to the catch around it.
-            match (&e.step, target(&e.expr), target(&e.expr)) {
-                (Some(_), Ok(whole), Ok(empty)) => {
-                    let choice = IfExpr { test_expr: whole, true_expr: slice, false_expr: Some(empty) };
-                    Expr::IfExpr(at(choice, span))
-                }
-                _ => slice,
-            }
+            let sliced = looked("#peek", &e.expr)?;
+            let [start, stop, step] = [&e.start, &e.stop, &e.step].map(optional);
+            let (start, stop, step) = (start?, stop?, step?);
+            // The engine (3.0.5) panics on empty text taken backwards, so steps are taken by a function of our own.
+            let Some(step) = step else {
+                return Ok(kept(Expr::Slice(at(Slice { expr: sliced, start, stop, step }, span))));
+            };
+            let or_none = |bound: Option<Expr<'a>>| {
+                bound.unwrap_or_else(|| Expr::Const(at(ast::Const { value: Value::from(()) }, span)))
+            };
+            kept(call("#slice", vec![sliced, or_none(start), or_none(stop), step], span))
         }
         Expr::UnaryOp(e) => {
             // The type is not `Copy`.

@@ -137,7 +137,8 @@ fn place(
         };
         let bytes = stored_len(cursor, &entry, &encoding)?;
         let end = entry.offset.checked_add(bytes);
-        if end.is_none_or(|end| end > data.len() as u64) {
+        // A tensor of unknown size has no bytes here, but a place in the file like all others.
+        if end.is_none_or(|end| end > data.len() as u64) || data_start > cursor.bytes.len() {
             let what = format!(
                 "tensor `{}` needs {bytes} bytes at offset {} of the data, which has {}: \
                  the file is cut short or its header is wrong",

@@ -90,10 +90,14 @@ pub(super) fn decide(
     let total = spans.len();
     let (group, mut evidence) = match (asked, misfit(Group::G64), misfit(Group::G128)) {
         (Type42::Detect, None, None) => {
+            if let Some((group, evidence)) = by_contents(spans) {
+                return Ok((group.encoding(), evidence));
+            }
             let why = "is of type 42, which is Q2_0 in groups of 64 or of 128 weights, and the sizes in this file fit \
                        both: the option `type42` must say group64 or group128";
             let evidence = format!(
-                "type 42 is not decided: Q2_0 in groups of 64 and of 128 both fit the sizes of {}",
+                "type 42 is not decided: Q2_0 in groups of 64 and of 128 both fit the sizes of {}, so the option `type42` must \
+                 say which",
                 all(total)
             );
             return Ok((Encoding::Undecided { name: "Q2_0 (groups of 64 or 128)", why }, evidence));
@@ -136,6 +140,23 @@ pub(super) fn decide(
         _ => format!("; {odd} of {seen} blocks looked at have a negative scale or a fourth code"),
     };
     Ok((group.encoding(), evidence))
+}
+
+/// Where sizes leave it open: the reading without a negative scale or a fourth code, if the other has them everywhere.
+fn by_contents(spans: &[Span<'_>]) -> Option<(Group, String)> {
+    [Group::G64, Group::G128].into_iter().find_map(|group| {
+        let other = group.other();
+        let (odd, seen) = odd_blocks(spans, group.block(), group.weights());
+        let (other_odd, other_seen) = odd_blocks(spans, other.block(), other.weights());
+        let clear = odd == 0 && seen >= 16 && other_seen >= 16 && other_odd * 2 > other_seen;
+        clear.then(|| {
+            let evidence = format!(
+                "type 42 is Q2_0 in groups of {group}: both groups fit the sizes, but {other_odd} of {other_seen} blocks looked \
+                 at would have a negative scale or a fourth code in groups of {other}"
+            );
+            (group, evidence)
+        })
+    })
 }
 
 fn by_size(group: Group, telling: &Span<'_>, total: usize) -> String {
