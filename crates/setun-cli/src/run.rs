@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use setun::chat::{Chat, Message, Part, Prompt, Splitter, TurnEnd};
+use setun::config::ModelConfig;
 use setun::engine::{Engine, Session};
 use setun::error::ModelError;
 use setun::generate::{Limits, Report, Stop, generate_showing};
@@ -182,6 +183,8 @@ fn start(mut args: RunArgs, started: Instant, read_stdin: bool) -> Result<()> {
         args.prompt = (!text.is_empty()).then(|| text.to_owned());
     }
     let file = args.load.open.open(args.model.as_deref())?;
+    // A model that cannot be run is refused before its tokenizer is missed.
+    ModelConfig::of(&file)?;
     let tokenizer = args.load.tokenizer(&file)?;
     let engine = args.load.fast_engine(&file)?;
     model::needs_text(engine.config())?;
@@ -245,7 +248,7 @@ impl RunArgs {
 fn conversation<'t>(
     args: &RunArgs,
     tokenizer: &'t Tokenizer,
-    config: &setun::config::ModelConfig,
+    config: &ModelConfig,
 ) -> Result<Option<Chat<'t>>> {
     let file = args.chat_template.as_deref().filter(|name| std::path::Path::new(name).is_file());
     let chat = match file {

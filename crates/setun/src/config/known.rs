@@ -17,7 +17,7 @@ const KNOWN: &[Known] = &[
         types: &["qwen3_next"],
         architectures: &["qwen3next"],
         name: "Qwen3-Next",
-        missing: "the joint projections of its gated DeltaNets and the expert that all tokens share",
+        missing: "the joint projections of its gated DeltaNets and experts that all tokens share",
     },
     Known {
         classes: &["Qwen3_5ForConditionalGeneration"],
@@ -38,7 +38,7 @@ const KNOWN: &[Known] = &[
         types: &["qwen3_5_moe", "qwen3_5_moe_text"],
         architectures: &["qwen35moe"],
         name: "the Qwen3.5-MoE hybrid",
-        missing: "the expert that all tokens share",
+        missing: "experts that all tokens share",
     },
     Known {
         classes: &["Gemma3ForCausalLM", "Gemma3TextModel", "Gemma3Model", "Gemma3ForConditionalGeneration"],
@@ -101,7 +101,7 @@ const KNOWN: &[Known] = &[
         types: &["maple"],
         architectures: &["maple"],
         name: "Maple",
-        missing: "clamped gates",
+        missing: "clamped gates, norms on heads in windowed layers and scales per row in experts",
     },
     Known {
         classes: &["MixtralForCausalLM"],
@@ -128,7 +128,7 @@ const KNOWN: &[Known] = &[
 
 /// Models whose classes have no settled spelling, by a part of it in lower case: that part, name, what is missing.
 const BY_PART: &[(&str, &str, &str)] = &[
-    ("maple", "Maple", "clamped gates"),
+    ("maple", "Maple", "clamped gates, norms on heads in windowed layers and scales per row in experts"),
     ("mdlm", "a masked diffusion model (echo-mdlm)", "attention to later tokens and generation by unmasking"),
     ("bitvla", "BitVLA", "image encoders and its action head"),
     ("bitmar", "BitMar", "image encoders and its episodic memory"),
