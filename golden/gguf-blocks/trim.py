@@ -15,6 +15,8 @@ WITH_VALUES = [
 BLOCKS = ["source", "ternary.source"]
 BLOCKS += [f"{name}.{part}" for name in WITH_VALUES for part in ("bytes", "f32")]
 BLOCKS += [f"{name}.bytes" for name in ("I2_S.x86", "I2_S.neon", "I2_S.rows4", "IQ1_BN", "IQ2_BN")]
+TILES = ["TL1.128x256", "TL1.320x256", "TL2.128x384", "TL2.160x416"]
+BLOCKS += [f"{name}.{part}" for name in TILES for part in ("bytes", "ternary")]
 PACKING = [
     "edge.pack.ternary", "edge.pack.packed", "basic.w_ternary", "basic.w_packed_u8",
     "batch3d.w_ternary", "batch3d.w_packed_u8", "edge.conv.packed",

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use setun::config::ActivationType;
 use setun::config::ModelConfig;
 use setun::engine::{Engine, EngineOptions};
-use setun::format::{Checkpoint, FloatWeights, I2sLayout, OpenOptions, Type42};
+use setun::format::{Checkpoint, FloatWeights, I2sLayout, OpenOptions, TlTiles, Type42};
 use setun::kv_cache::KvType;
 use setun::tokenizer::Tokenizer;
 use setun_kernels::Kernels;
@@ -14,7 +14,7 @@ use setun_kernels::Kernels;
 use crate::{default_model, progress, pull};
 
 /// What a file leaves open: the user's word, where the file's own evidence does not decide.
-#[derive(clap::Args, Debug, Clone, Copy)]
+#[derive(clap::Args, Debug, Clone)]
 pub struct OpenArgs {
     /// What GGUF tensors of type 42 are, where their sizes do not tell: group64 or group128 (Q2_0 in groups of so many weights)
     #[arg(long, value_name = "LAYOUT", value_parser = type42, help_heading = "Loading")]
@@ -22,6 +22,10 @@ pub struct OpenArgs {
     /// Layout of I2_S tensors: x86, neon64 (ARM builds of bitnet.cpp since November 2025) or rows4 [default: x86]
     #[arg(long, value_name = "LAYOUT", value_parser = i2s_layout, help_heading = "Loading")]
     pub i2s: Option<I2sLayout>,
+    /// Tiles of TL1 and TL2 tensors of a shape, as the program was built with that is to run them: for example
+    /// 3200x8640:160,64,32; once for each shape
+    #[arg(long, value_name = "ROWSxCOLS:BM,BK,BMM", value_parser = tl_tiles, help_heading = "Loading")]
+    pub tl_tiles: Vec<TlTiles>,
     /// What the layers of a float checkpoint are whose configuration says nothing: float, or ternary (refused where a matrix
     /// holds more than 0 and ± its scales) [default: what all of its matrices agree on]
     #[arg(long, value_name = "KIND", value_parser = float_weights, help_heading = "Loading")]
@@ -30,7 +34,7 @@ pub struct OpenArgs {
 
 impl OpenArgs {
     /// Opens the model that the user named (fetched first, if that is a hub name), or the one in the program.
-    pub fn open(self, model: Option<&Path>) -> Result<Checkpoint> {
+    pub fn open(&self, model: Option<&Path>) -> Result<Checkpoint> {
         let Some(path) = model else {
             return Ok(Checkpoint::from_bytes(default_model::NAME, default_model::BYTES)?);
         };
@@ -38,6 +42,7 @@ impl OpenArgs {
             type42: self.type42.unwrap_or_default(),
             i2s: self.i2s.unwrap_or_default(),
             weights: self.weights.unwrap_or_default(),
+            tl_tiles: self.tl_tiles.clone(),
         };
         Ok(Checkpoint::open_with(pull::local(path)?, options)?)
     }
@@ -208,6 +213,16 @@ fn i2s_layout(text: &str) -> Result<I2sLayout, String> {
         "neon64" => Ok(I2sLayout::Neon64),
         "rows4" => Ok(I2sLayout::Rows4),
         _ => Err("x86, neon64 or rows4 is expected".into()),
+    }
+}
+
+fn tl_tiles(text: &str) -> Result<TlTiles, String> {
+    let numbers = |text: &str, by| text.split(by).map(|n| n.parse().ok()).collect::<Option<Vec<usize>>>();
+    let parts =
+        text.split_once(':').and_then(|(shape, tiles)| Some((numbers(shape, 'x')?, numbers(tiles, ',')?)));
+    match parts.as_ref().map(|(shape, tiles)| (&shape[..], &tiles[..])) {
+        Some((&[rows, cols], &[bm, bk, bmm])) => Ok(TlTiles { rows, cols, bm, bk, bmm }),
+        _ => Err("ROWSxCOLS:BM,BK,BMM is expected, for example 3200x8640:160,64,32".into()),
     }
 }
 

@@ -47,8 +47,8 @@ pub fn one_line(error: &anyhow::Error) -> String {
 
 /// Choices that the library leaves to its caller, by the flags that make them here.
 pub fn flags(text: &str) -> String {
-    ["type42", "i2s"].iter().fold(text.to_owned(), |text, name| {
-        text.replace(&format!("the option `{name}`"), &format!("`--{name}`"))
+    ["type42", "i2s", "tl_tiles"].iter().fold(text.to_owned(), |text, name| {
+        text.replace(&format!("the option `{name}`"), &format!("`--{}`", name.replace('_', "-")))
     })
 }
 

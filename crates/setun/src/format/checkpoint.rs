@@ -63,11 +63,11 @@ impl Checkpoint {
         let path = path.as_ref();
         let found = std::fs::metadata(path).map_err(|e| ModelError::read(path, e))?;
         if !found.is_dir() {
-            return Self::from_file(path, FileBytes::open(path)?, true, options);
+            return Self::from_file(path, FileBytes::open(path)?, true, &options);
         }
         let (kind, (files, header)) = match safetensors::find_in_folder(path)? {
             safetensors::Found::Single(file) => {
-                let mut checkpoint = Self::from_file(&file, FileBytes::open(&file)?, true, options)?;
+                let mut checkpoint = Self::from_file(&file, FileBytes::open(&file)?, true, &options)?;
                 checkpoint.path = path.to_owned();
                 return Ok(checkpoint);
             }
@@ -82,7 +82,7 @@ impl Checkpoint {
                 (CheckpointKind::PyTorch, safetensors::open_sharded(&index, read)?)
             }
         };
-        let mut checkpoint = Self::new(path, kind, files, true, options);
+        let mut checkpoint = Self::new(path, kind, files, true, &options);
         checkpoint.set_tensors(header.tensors);
         checkpoint.header = header.metadata;
         Ok(checkpoint)
@@ -105,7 +105,7 @@ impl Checkpoint {
         bytes: &'static [u8],
         options: OpenOptions,
     ) -> Result<Self, ModelError> {
-        Self::from_file(Path::new(name), FileBytes::Static(bytes), false, options)
+        Self::from_file(Path::new(name), FileBytes::Static(bytes), false, &options)
     }
 
     fn new(
@@ -113,7 +113,7 @@ impl Checkpoint {
         kind: CheckpointKind,
         files: Vec<FileBytes>,
         on_disk: bool,
-        options: OpenOptions,
+        options: &OpenOptions,
     ) -> Self {
         Self {
             path: path.to_owned(),
@@ -134,7 +134,7 @@ impl Checkpoint {
         path: &Path,
         bytes: FileBytes,
         on_disk: bool,
-        options: OpenOptions,
+        options: &OpenOptions,
     ) -> Result<Self, ModelError> {
         if bytes.starts_with(gguf::MAGIC) {
             let header = gguf::reader::read(path, &bytes, options)?;

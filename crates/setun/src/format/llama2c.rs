@@ -247,6 +247,10 @@ pub(crate) fn rewritten<'a>(info: &TensorInfo, stored: &'a [u8]) -> Result<Cow<'
             });
             Ok(Cow::Owned(order.copied().collect()))
         }
+        Rewrite::Tiled { tl, tiles, scale } => {
+            let codes = tl.decode(tiles, stored).map_err(|what| ModelError::tensor(&info.name, what))?;
+            Ok(Cow::Owned([&codes[..], &scale.to_le_bytes()].concat()))
+        }
         Rewrite::HighFirstTrits { heads } => high_first_trits(info, stored, heads).map(Cow::Owned),
     }
 }

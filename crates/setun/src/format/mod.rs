@@ -20,11 +20,11 @@ mod shards;
 mod tensor;
 
 pub use checkpoint::{Checkpoint, CheckpointKind};
-pub(crate) use decode::Sample;
+pub(crate) use decode::{Sample, Tl};
 pub use decode::{ScaleConvention, hf_packed_to_ternary, mlx_to_ternary};
 pub use encode::{Scaling, encode_floats, encode_hf_packed, encode_ternary};
 pub use llama2c::{Llama2cFacts, Llama2cKind};
-pub use options::{FloatWeights, I2sLayout, OpenOptions, Type42};
+pub use options::{FloatWeights, I2sLayout, OpenOptions, TlTiles, Type42};
 pub use safetensors::SafetensorsWriter;
 pub(crate) use shards::is_shard_name;
 pub use shards::{DEFAULT_SHARD_SIZE, ShardedWriter};

@@ -4,7 +4,7 @@ use super::Encoding;
 
 /// How to read what a file does not settle by itself. The default never guesses: what the file's own evidence
 /// does not decide is refused when it is used.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct OpenOptions {
     /// GGUF tensors of type 42.
     pub type42: Type42,
@@ -12,6 +12,24 @@ pub struct OpenOptions {
     pub i2s: I2sLayout,
     /// Float matrices of a folder whose configuration says nothing of ternary weights.
     pub weights: FloatWeights,
+    /// GGUF tensors of types 38 and 39, one entry for each of their shapes.
+    pub tl_tiles: Vec<TlTiles>,
+}
+
+/// The tiles in which a program stored TL1 or TL2 matrices of one shape: BM, BK and bmm of bitnet.cpp's
+/// `kernel_config.ini`. No file has them, and wrong ones often give valid weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TlTiles {
+    /// Rows of the matrix.
+    pub rows: usize,
+    /// Its columns.
+    pub cols: usize,
+    /// Rows of a tile.
+    pub bm: usize,
+    /// Columns of a tile.
+    pub bk: usize,
+    /// Rows of a group inside a tile.
+    pub bmm: usize,
 }
 
 /// Which Q2_0 the number 42 means in a GGUF file.

@@ -4,6 +4,8 @@ use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 
+use super::{Tl, TlTiles};
+
 /// How a tensor's numbers are stored. Shapes are row-major, `[out, in]`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Encoding {
@@ -269,6 +271,8 @@ pub(crate) enum Rewrite {
     /// Scale-first high-bits-first trits become [`Encoding::Trit2`], rows reordered as above
     /// where there are `heads`.
     HighFirstTrits { heads: Option<usize> },
+    /// TL1 or TL2 in these tiles becomes [`Encoding::Trit2`] with the scale of these bits.
+    Tiled { tl: Tl, tiles: TlTiles, scale: u32 },
 }
 
 /// A tensor with its bytes.

@@ -8,6 +8,7 @@ mod llama2c;
 mod pickle;
 mod safetensors;
 mod shared;
+mod tl;
 mod type42;
 
 use std::path::{Path, PathBuf};

@@ -2,7 +2,7 @@
 //!
 //! The layouts are in the files beside this one: `dense_blocks` and `k_quants` for floats in few bits,
 //! `ternary_blocks` for GGUF's ternary types, `hf_packed` and `mlx` for ternary weights in safetensors,
-//! `fake_quant` for ternary weights kept as floats.
+//! `tl` for TL1 and TL2, `fake_quant` for ternary weights kept as floats.
 
 mod dense_blocks;
 mod fake_quant;
@@ -10,6 +10,7 @@ mod hf_packed;
 mod k_quants;
 mod mlx;
 mod ternary_blocks;
+mod tl;
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -25,6 +26,7 @@ pub(crate) use fake_quant::Sample;
 pub use hf_packed::{ScaleConvention, hf_packed_to_ternary};
 pub use mlx::mlx_to_ternary;
 use ternary_blocks::Unit;
+pub(crate) use tl::Tl;
 
 use super::tensor::{Encoding, Rewrite, Tensor, TensorInfo};
 use crate::error::ModelError;

@@ -4,7 +4,7 @@
 //! left undecided or refused, never guessed; [`type42`] is the case with an answer in the sizes.
 
 use super::{type42, types};
-use crate::format::{Encoding, I2sLayout, OpenOptions};
+use crate::format::{Encoding, I2sLayout, OpenOptions, Tl};
 
 /// A tensor of such a number.
 pub(super) struct Span<'a> {
@@ -55,14 +55,12 @@ pub(super) fn decide(
     id: u32,
     spans: &[Span<'_>],
     alignment: usize,
-    options: OpenOptions,
+    options: &OpenOptions,
 ) -> Result<(Encoding, String), String> {
     let total = spans.len();
     // The 4.5-bit types that left the format.
     let older =
         |s: &Span| s.takes(s.shape.iter().product::<usize>().checked_div(32).map(|n| n * 18), alignment);
-    // docs/format.md says what would have to be known.
-    let tiles = "tile sizes (BM, BY and bm for each shape) are not in the file";
     Ok(match id {
         I2_S => return i2_s(spans, alignment, options.i2s, older),
         TL1 if spans.iter().all(older) => {
@@ -71,9 +69,11 @@ pub(super) fn decide(
             (Encoding::Other("IQ4_NL_8_8 (removed)".into()), evidence)
         }
         TL1 => {
+            let why = "is of type 38, TL1 of bitnet.cpp, whose tile sizes for each shape are not in the file: the option \
+                       `tl_tiles` must give them";
             let evidence =
-                format!("type 38 ({}) is TL1 of bitnet.cpp, which is not read: its {tiles}", tensors(total));
-            (Encoding::Other(format!("TL1, whose {tiles},")), evidence)
+                format!("type 38 ({}) is TL1 of bitnet.cpp, {}", tensors(total), tiled(spans, options));
+            (Encoding::Undecided { name: "TL1 (tiles unknown)", why }, evidence)
         }
         MXFP4 if spans.iter().all(|s| s.takes(Encoding::MXFP4.byte_len(s.shape), alignment)) => {
             let evidence =
@@ -81,14 +81,36 @@ pub(super) fn decide(
             (Encoding::MXFP4, evidence)
         }
         MXFP4 => {
+            let why = "is of type 39, TL2 of bitnet.cpp, whose tile sizes for each shape are not in the file: the option \
+                       `tl_tiles` must give them";
             let evidence = format!(
-                "type 39 ({}) does not have the sizes of MXFP4, so it is TL2 of bitnet.cpp, which is not read: its {tiles}",
-                tensors(total)
+                "type 39 ({}) does not have the sizes of MXFP4, so it is TL2 of bitnet.cpp, {}",
+                tensors(total),
+                tiled(spans, options)
             );
-            (Encoding::Other(format!("TL2, whose {tiles},")), evidence)
+            (Encoding::Undecided { name: "TL2 (tiles unknown)", why }, evidence)
         }
         _ => return type42::decide(spans, alignment, options.type42),
     })
+}
+
+/// Which of the two types in tiles a number means whose encoding was left undecided.
+pub(super) fn tl(id: u32, encoding: &Encoding) -> Option<Tl> {
+    match (id, encoding) {
+        (TL1, Encoding::Undecided { .. }) => Some(Tl::One),
+        (MXFP4, Encoding::Undecided { .. }) => Some(Tl::Two),
+        _ => None,
+    }
+}
+
+/// What the caller says of the tiles of these tensors.
+fn tiled(spans: &[Span<'_>], options: &OpenOptions) -> String {
+    let known = |s: &&Span<'_>| options.tl_tiles.iter().any(|t| *s.shape == [t.rows, t.cols]);
+    match spans.iter().filter(known).count() {
+        0 => "whose tile sizes (BM, BK and bmm for each shape) are not in the file".to_owned(),
+        n if n == spans.len() => "in tiles as the option `tl_tiles` says".to_owned(),
+        n => format!("in tiles as the option `tl_tiles` says for {n} of them; the others are not read"),
+    }
 }
 
 /// Nothing in a file tells the layouts of I2_S apart; only the older type of the number has another size.

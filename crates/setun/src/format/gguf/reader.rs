@@ -10,7 +10,7 @@ use super::metadata::{Array, Metadata, Value};
 use super::{DEFAULT_ALIGNMENT, MAGIC, collisions, types};
 use crate::error::ModelError;
 use crate::format::tensor::{Rewrite, TensorInfo, element_count};
-use crate::format::{Encoding, OpenOptions};
+use crate::format::{Encoding, OpenOptions, Tl, TlTiles};
 
 /// Longest key or tensor name, in bytes; the format's own limit for keys.
 const MAX_NAME: u64 = 65_535;
@@ -40,7 +40,7 @@ struct Entry {
 }
 
 /// Reads and checks the header of `bytes`, the whole file; `path` is for messages.
-pub(crate) fn read(path: &Path, bytes: &[u8], options: OpenOptions) -> Result<Header, ModelError> {
+pub(crate) fn read(path: &Path, bytes: &[u8], options: &OpenOptions) -> Result<Header, ModelError> {
     let mut cursor = Cursor { path, bytes, at: 0 };
     if cursor.take(4, "the magic bytes")? != MAGIC {
         return Err(cursor.broken("does not start with `GGUF`"));
@@ -107,7 +107,7 @@ fn place(
     entries: Vec<Entry>,
     data_start: usize,
     alignment: usize,
-    options: OpenOptions,
+    options: &OpenOptions,
 ) -> Result<(Vec<TensorInfo>, Vec<String>), ModelError> {
     let mut names: HashMap<&str, ()> = HashMap::with_capacity(entries.len());
     for entry in &entries {
@@ -126,16 +126,23 @@ fn place(
     }
     drop(names);
     let data = cursor.bytes.get(data_start..).unwrap_or_default();
-    let settled = settle(cursor, &entries, data, alignment, options)?;
+    let mut starts: Vec<u64> = entries.iter().map(|e| e.offset).collect();
+    starts.sort_unstable();
+    let settled = settle(cursor, &entries, data, &starts, alignment, options)?;
     let mut infos = Vec::with_capacity(entries.len());
     // (offset, bytes, entry), to find tensors that overlap.
     let mut spans = Vec::with_capacity(entries.len());
+    let scales = tl_scales(&entries, data);
     for entry in entries {
         let encoding = match settled.iter().find(|s| s.id == entry.type_id) {
             Some(settled) => settled.encoding.clone(),
             None => types::encoding(entry.type_id),
         };
-        let bytes = stored_len(cursor, &entry, &encoding)?;
+        let tiled = tiled(&entry, &encoding, options).map_err(|what| refused(cursor, &entry, what))?;
+        let bytes = match tiled {
+            Some((.., bytes)) => bytes as u64,
+            None => stored_len(cursor, &entry, &encoding)?,
+        };
         let end = entry.offset.checked_add(bytes);
         // A tensor of unknown size has no bytes here, but a place in the file like all others.
         if end.is_none_or(|end| end > data.len() as u64) || data_start > cursor.bytes.len() {
@@ -149,6 +156,21 @@ fn place(
             return Err(cursor.broken(&what));
         }
         spans.push((entry.offset, bytes, infos.len()));
+        let rewrite = match tiled {
+            Some((tl, tiles, bytes)) => {
+                fill(&entry, tl, bytes, data, &starts, alignment)
+                    .map_err(|what| refused(cursor, &entry, what))?;
+                let scale = scales.get(entry.name.as_str()).copied();
+                let scale = scale.ok_or_else(|| {
+                    let what =
+                        format!("has no scale: `{}_scale`, one positive F32, is not in the file", entry.name);
+                    refused(cursor, &entry, what)
+                })?;
+                Rewrite::Tiled { tl, tiles, scale: scale.to_bits() }
+            }
+            None => Rewrite::None,
+        };
+        let encoding = if tiled.is_some() { Encoding::Trit2 } else { encoding };
         let start = data_start + entry.offset as usize; // Both fit: checked against the file's length.
         infos.push(TensorInfo {
             name: entry.name,
@@ -156,7 +178,7 @@ fn place(
             encoding,
             file: 0,
             range: start..start + bytes as usize,
-            rewrite: Rewrite::None,
+            rewrite,
         });
     }
     spans.sort_unstable();
@@ -182,23 +204,14 @@ fn settle(
     cursor: &Cursor<'_>,
     entries: &[Entry],
     data: &[u8],
+    starts: &[u64],
     alignment: usize,
-    options: OpenOptions,
+    options: &OpenOptions,
 ) -> Result<Vec<Settled>, ModelError> {
     let mut settled = Vec::new();
-    let mut starts: Vec<u64> = entries.iter().map(|e| e.offset).collect();
-    starts.sort_unstable();
     for id in collisions::NUMBERS {
         let of_id = entries.iter().filter(|e| e.type_id == id);
-        let spans: Vec<_> = of_id
-            .map(|e| {
-                let next = starts.get(starts.partition_point(|&start| start <= e.offset));
-                let end = next.map_or(data.len() as u64, |&next| next.min(data.len() as u64));
-                // Both fit: at most the length of the data.
-                let room = if e.offset > end { 0..0 } else { e.offset as usize..end as usize };
-                collisions::Span { name: &e.name, shape: &e.shape, bytes: &data[room], last: next.is_none() }
-            })
-            .collect();
+        let spans: Vec<_> = of_id.map(|e| span(e, data, starts)).collect();
         if spans.is_empty() {
             continue;
         }
@@ -207,6 +220,69 @@ fn settle(
         settled.push(Settled { id, encoding, evidence });
     }
     Ok(settled)
+}
+
+/// A tensor with the bytes up to the next; `starts` are the offsets of all, sorted.
+fn span<'a>(e: &'a Entry, data: &'a [u8], starts: &[u64]) -> collisions::Span<'a> {
+    let next = starts.get(starts.partition_point(|&start| start <= e.offset));
+    let end = next.map_or(data.len() as u64, |&next| next.min(data.len() as u64));
+    // Both fit: at most the length of the data.
+    let room = if e.offset > end { 0..0 } else { e.offset as usize..end as usize };
+    collisions::Span { name: &e.name, shape: &e.shape, bytes: &data[room], last: next.is_none() }
+}
+
+fn refused(cursor: &Cursor<'_>, entry: &Entry, what: String) -> ModelError {
+    ModelError::unsupported(cursor.path, format!("tensor `{}` {what}", entry.name))
+}
+
+/// The caller's tiles for a tensor of TL1 or TL2, and the bytes that it takes in them.
+fn tiled(
+    entry: &Entry,
+    encoding: &Encoding,
+    options: &OpenOptions,
+) -> Result<Option<(Tl, TlTiles, usize)>, String> {
+    let Some(tl) = collisions::tl(entry.type_id, encoding) else { return Ok(None) };
+    let mut given = options.tl_tiles.iter().filter(|t| *entry.shape == [t.rows, t.cols]);
+    let Some(&tiles) = given.next() else { return Ok(None) };
+    if given.any(|&other| other != tiles) {
+        return Err("has a shape for which the option `tl_tiles` gives several tiles".to_owned());
+    }
+    let bytes =
+        tl.stored_len(tiles).map_err(|what| format!("{what}: the option `tl_tiles` must give others"))?;
+    Ok(Some((tl, tiles, bytes)))
+}
+
+/// Checks that a tensor has the room that its codes take and no more: more might hold a scale, and which of two
+/// counts is not known.
+fn fill(
+    entry: &Entry,
+    tl: Tl,
+    bytes: usize,
+    data: &[u8],
+    starts: &[u64],
+    alignment: usize,
+) -> Result<(), String> {
+    let span = span(entry, data, starts);
+    if span.takes(Some(bytes), alignment) {
+        return Ok(());
+    }
+    Err(format!(
+        "takes {} bytes, but the codes of {} take {bytes}: its scale may be behind them, which is not read",
+        span.bytes.len(),
+        tl.name()
+    ))
+}
+
+/// The positive numbers in tensors `<name>_scale` of one F32, by `<name>`.
+fn tl_scales(entries: &[Entry], data: &[u8]) -> HashMap<String, f32> {
+    let scale = |e: &Entry| {
+        let name = e.name.strip_suffix("_scale").filter(|_| e.type_id == 0)?;
+        let at = usize::try_from(e.offset).ok()?;
+        let value = f32::from_le_bytes(*data.get(at..)?.first_chunk()?);
+        let one = e.shape.iter().all(|&d| d == 1) && value.is_finite() && value > 0.0;
+        one.then(|| (name.to_owned(), value))
+    };
+    entries.iter().filter_map(scale).collect()
 }
 
 /// Elements of a tensor, if they can be counted.
@@ -219,6 +295,7 @@ fn checked_count(cursor: &Cursor<'_>, entry: &Entry) -> Result<usize, ModelError
 fn stored_len(cursor: &Cursor<'_>, entry: &Entry, encoding: &Encoding) -> Result<u64, ModelError> {
     let (name, count) = (&entry.name, checked_count(cursor, entry)?);
     let (block, bytes) = match encoding {
+        _ if collisions::tl(entry.type_id, encoding).is_some() => return Ok(0),
         // Both layouts fit; this one is the larger.
         Encoding::Undecided { .. } => (64, Encoding::Q2_0G64.byte_len(&entry.shape)),
         Encoding::Other(_) => match types::unread_block(entry.type_id) {
