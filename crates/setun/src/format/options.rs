@@ -56,11 +56,13 @@ pub enum FloatWeights {
     Ternary,
 }
 
-/// In which layout a GGUF file's I2_S tensors are. All have the same sizes, so a file cannot tell.
+/// In which layout a GGUF file's I2_S tensors are. All have the same sizes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum I2sLayout {
-    /// Blocks of 128 weights: every published file.
+    /// Decided by the weights where these tell (see docs/format.md), else [`I2sLayout::X86`].
     #[default]
+    Detect,
+    /// Blocks of 128 weights: every published file.
     X86,
     /// Blocks of 64 weights: ARM builds of bitnet.cpp since November 2025.
     Neon64,
@@ -72,7 +74,7 @@ impl I2sLayout {
     /// The encoding of tensors in this layout.
     pub fn encoding(self) -> Encoding {
         match self {
-            Self::X86 => Encoding::I2S,
+            Self::Detect | Self::X86 => Encoding::I2S,
             Self::Neon64 => Encoding::I2SNeon,
             Self::Rows4 => Encoding::I2SRows4,
         }

@@ -223,6 +223,39 @@ fn the_layout_of_i2_s_is_the_published_one_unless_the_caller_says_otherwise() {
     assert!(error.contains("3 rows") && error.contains("multiple of 4"), "{error}");
 }
 
+/// The default model with its I2_S tensors in another layout: `place` says at which byte and field a weight goes.
+fn relaid(place: impl Fn(usize, usize, usize) -> (usize, usize)) -> Vec<u8> {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/default.gguf");
+    let original: &'static [u8] = std::fs::read(path).unwrap().leak();
+    let options = OpenOptions { i2s: I2sLayout::X86, ..OpenOptions::default() };
+    let file = Checkpoint::from_bytes_with("test", original, options).unwrap();
+    let mut bytes = original.to_vec();
+    for info in file.tensors().filter(|t| t.encoding == Encoding::I2S) {
+        let tensor = file.tensor(&info.name).unwrap();
+        let start = tensor.data.as_ptr() as usize - original.as_ptr() as usize;
+        let matrix = tensor.to_ternary().unwrap();
+        let (rows, cols) = (matrix.rows(), matrix.cols());
+        bytes[start..start + rows * cols / 4].fill(0);
+        for (row, col) in (0..rows).flat_map(|row| (0..cols).map(move |col| (row, col))) {
+            let (byte, field) = place(row, col, cols);
+            bytes[start + byte] |= ((matrix.trit(row, col) + 1) as u8) << (6 - 2 * field);
+        }
+    }
+    bytes
+}
+
+#[test]
+fn trained_weights_tell_the_layouts_of_i2_s_apart() {
+    let x86 = relaid(|row, col, cols| (row * cols / 4 + col / 128 * 32 + col % 32, col % 128 / 32));
+    let neon = relaid(|row, col, cols| (row * cols / 4 + col / 64 * 16 + col % 16, col % 64 / 16));
+    let rows4 = relaid(|row, col, cols| (row / 4 * cols + col, row % 4));
+    for (bytes, encoding) in [(x86, Encoding::I2S), (neon, Encoding::I2SNeon), (rows4, Encoding::I2SRows4)] {
+        let file = open(bytes.leak()).unwrap();
+        assert_eq!(file.info("blk.0.ffn_up.weight").unwrap().encoding, encoding);
+        assert!(file.evidence()[0].contains("correlation"), "{:?}", file.evidence());
+    }
+}
+
 #[test]
 fn a_tensor_of_unknown_size_has_its_place_in_the_file_too() {
     let bytes = Builder::new(3, 1, 0).tensor("odd", &[4, 4], 1000, 0).data(32, 0);

@@ -3,6 +3,7 @@
 //! Evidence is taken from all tensors of a number together: a file has one meaning for it. What cannot be settled is
 //! left undecided or refused, never guessed; [`type42`] is the case with an answer in the sizes.
 
+use super::i2s;
 use super::{type42, types};
 use crate::format::{Encoding, I2sLayout, OpenOptions, Tl};
 
@@ -113,14 +114,16 @@ fn tiled(spans: &[Span<'_>], options: &OpenOptions) -> String {
     }
 }
 
-/// Nothing in a file tells the layouts of I2_S apart; only the older type of the number has another size.
+/// The layouts of I2_S have the same sizes, so weights tell them apart or nothing does; the older type of the number has another
+/// size.
 fn i2_s(
     spans: &[Span<'_>],
     alignment: usize,
     layout: I2sLayout,
     older: impl Fn(&Span<'_>) -> bool,
 ) -> Result<(Encoding, String), String> {
-    let encoding = layout.encoding();
+    let told = if layout == I2sLayout::Detect { i2s::by_weights(spans) } else { None };
+    let encoding = told.as_ref().map_or(layout, |(found, _)| *found).encoding();
     for span in spans {
         let Some(bytes) = encoding.byte_len(span.shape) else { continue }; // Refused later, naming its rows.
         let padded = bytes.next_multiple_of(alignment);
@@ -134,10 +137,15 @@ fn i2_s(
         }
     }
     let read = format!("type 36 ({}) is read as I2_S", tensors(spans.len()));
-    let evidence = match layout {
-        I2sLayout::X86 => format!(
+    let evidence = match told {
+        Some((_, why)) => return Ok((encoding, format!("{read} {why}"))),
+        None => layout,
+    };
+    let evidence = match evidence {
+        I2sLayout::X86 => format!("{read} in blocks of 128, because the option `i2s` says so"),
+        I2sLayout::Detect => format!(
             "{read} in blocks of 128, as published files are; blocks of 64 (ARM builds since late 2025) and \
-             interleaved rows have the same sizes, so the option `i2s` must name them"
+             interleaved rows have the same sizes, and these weights do not tell, so the option `i2s` must name them"
         ),
         I2sLayout::Neon64 => format!("{read} in blocks of 64, because the option `i2s` says so"),
         I2sLayout::Rows4 => format!("{read} with four rows interleaved, because the option `i2s` says so"),

@@ -5,6 +5,7 @@
 //! are stored fastest first; everywhere else in this library shapes are row-major.
 
 mod collisions;
+mod i2s;
 pub mod metadata;
 pub(crate) mod reader;
 mod type42;
