@@ -19,7 +19,8 @@ pub struct OpenArgs {
     /// What GGUF tensors of type 42 are, where their sizes do not tell: group64 or group128 (Q2_0 in groups of so many weights)
     #[arg(long, value_name = "LAYOUT", value_parser = type42, help_heading = "Loading")]
     pub type42: Option<Type42>,
-    /// Layout of I2_S tensors: x86, neon64 (ARM builds of bitnet.cpp since November 2025) or rows4 [default: x86]
+    /// Layout of I2_S tensors: x86, neon64 (ARM builds of bitnet.cpp since November 2025) or rows4 [default: what trained weights
+    /// tell, else x86]
     #[arg(long, value_name = "LAYOUT", value_parser = i2s_layout, help_heading = "Loading")]
     pub i2s: Option<I2sLayout>,
     /// Tiles of TL1 and TL2 tensors of a shape, as the program was built with that is to run them: for example
