@@ -101,8 +101,7 @@ impl LoadArgs {
     }
 
     /// The engine for speed: int8 activations unless asked otherwise, which is said where the model defines float.
-    pub fn fast_engine(&self, file: &Checkpoint) -> Result<Engine> {
-        let config = ModelConfig::of(file)?;
+    pub fn fast_engine(&self, file: &Checkpoint, config: ModelConfig) -> Result<Engine> {
         let options = fast(&config, self.compute.options());
         loading(file, config, &options)
     }

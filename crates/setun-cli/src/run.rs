@@ -184,10 +184,10 @@ fn start(mut args: RunArgs, started: Instant, read_stdin: bool) -> Result<()> {
     }
     let file = args.load.open.open(args.model.as_deref())?;
     // A model that cannot be run is refused before its tokenizer is missed.
-    ModelConfig::of(&file)?;
+    let config = ModelConfig::of(&file)?;
+    model::needs_text(&config)?;
     let tokenizer = args.load.tokenizer(&file)?;
-    let engine = args.load.fast_engine(&file)?;
-    model::needs_text(engine.config())?;
+    let engine = args.load.fast_engine(&file, config)?;
     let settings = args.sampling.asked().completed(&file).map_err(|error| {
         anyhow::anyhow!("{error}; a value of your own (--temperature, --top-k, --top-p, --min-p or --repeat-penalty) takes its place")
     })?;

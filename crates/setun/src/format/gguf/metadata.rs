@@ -174,11 +174,6 @@ impl Array {
             _ => None,
         }
     }
-
-    /// The elements of a boolean array.
-    pub fn as_bools(&self) -> Option<&[bool]> {
-        if let Self::Bool(v) = self { Some(v) } else { None }
-    }
 }
 
 /// The metadata of a file, in file order. Keys are unique.
