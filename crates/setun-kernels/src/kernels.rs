@@ -1,9 +1,20 @@
 //! Which instruction set runs: a value that a caller holds, never a global.
 
-/// Instruction sets that kernels are written for. Private to the crate: a [`Kernels`] is handed out only
+/// Instruction sets that float loops are compiled for. Private to the crate: a [`Kernels`] is handed out only
 /// after the CPU check, so holding one is the proof that its instructions may be executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Isa {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Scalar,
+}
+
+/// Instruction sets that integer products are written for: finer than [`Isa`], since dot products came later
+/// and one by one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Products {
     #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
@@ -16,6 +27,7 @@ pub(crate) enum Isa {
 pub struct Kernels {
     name: &'static str,
     pub(crate) isa: Isa,
+    pub(crate) products: Products,
     supported: fn() -> bool,
 }
 
@@ -25,6 +37,7 @@ static TABLE: &[Kernels] = &[
     Kernels {
         name: "avx512",
         isa: Isa::Avx512,
+        products: Products::Avx512,
         #[cfg(not(feature = "std"))]
         supported: || false,
         #[cfg(feature = "std")]
@@ -43,6 +56,7 @@ static TABLE: &[Kernels] = &[
     Kernels {
         name: "avx2",
         isa: Isa::Avx2,
+        products: Products::Avx2,
         #[cfg(not(feature = "std"))]
         supported: || false,
         #[cfg(feature = "std")]
@@ -52,7 +66,7 @@ static TABLE: &[Kernels] = &[
                 && is_x86_feature_detected!("f16c")
         },
     },
-    Kernels { name: "scalar", isa: Isa::Scalar, supported: || true },
+    Kernels { name: "scalar", isa: Isa::Scalar, products: Products::Scalar, supported: || true },
 ];
 
 impl Kernels {

@@ -7,7 +7,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use crate::buffer::Buffer;
-use crate::kernels::{Isa, Kernels};
+use crate::kernels::{Isa, Kernels, Products};
 use crate::threads::Pool;
 
 /// Well above any cache that a few threads have to themselves.
@@ -85,20 +85,20 @@ fn rounds_per_second(pool: &Pool, work: &(dyn Fn(usize) + Sync)) -> f64 {
 /// `vpdpbusd` for AVX-512; `vpmaddubsw` with its 16-bit addition for AVX2, the cheapest a product can
 /// get by with; the 32-bit multiply-adds that the compiler makes of plain code for `scalar`.
 pub fn int8_peak(kernels: &'static Kernels, pool: &Pool) -> f64 {
-    match kernels.isa {
+    match kernels.products {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => {
+        Products::Avx512 => {
             // SAFETY: a `Kernels` exists only when its instruction set was found.
             let work = |n| unsafe { x86::vnni(n) };
             rounds_per_second(pool, &work) * (x86::ACCUMULATORS * 64) as f64
         }
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => {
+        Products::Avx2 => {
             // SAFETY: as above.
             let work = |n| unsafe { x86::maddubs(n) };
             rounds_per_second(pool, &work) * (x86::ACCUMULATORS_AVX2 * 32) as f64
         }
-        Isa::Scalar => rounds_per_second(pool, &scalar_int) * 16.0,
+        Products::Scalar => rounds_per_second(pool, &scalar_int) * 16.0,
     }
 }
 

@@ -16,7 +16,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use crate::buffer::Buffer;
-use crate::kernels::{Isa, Kernels};
+use crate::kernels::{Kernels, Products};
 use crate::matrix::{Scales, TernaryMatrix};
 use crate::quant::Activations;
 use crate::threads::{Pool, SharedMut};
@@ -72,13 +72,13 @@ enum Factor<'a> {
 /// Sums of a panel for the tokens of a call.
 type Sums = [[i32; MAX_ROWS]; MAX_TOKENS];
 
-fn tile_kernels(isa: Isa) -> Option<&'static TileKernels> {
-    match isa {
+fn tile_kernels(products: Products) -> Option<&'static TileKernels> {
+    match products {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => Some(&avx512::KERNELS),
+        Products::Avx512 => Some(&avx512::KERNELS),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => Some(&avx2::KERNELS),
-        Isa::Scalar => None,
+        Products::Avx2 => Some(&avx2::KERNELS),
+        Products::Scalar => None,
     }
 }
 
@@ -144,7 +144,7 @@ impl PackedMatrix {
     pub fn pack(matrix: &TernaryMatrix, kernels: &'static Kernels, pool: &Pool) -> Self {
         let columns = Columns::new(matrix.cols(), matrix.scales());
         let rows = matrix.rows();
-        let len = match tile_kernels(kernels.isa) {
+        let len = match tile_kernels(kernels.products) {
             Some(k) => rows.div_ceil(k.rows) * columns.all_tiles() * k.rows * 4,
             None => matrix.codes().len(),
         };
@@ -164,7 +164,7 @@ impl PackedMatrix {
             == (matrix.rows(), columns.cols, columns.block);
         assert!(same, "repack of another shape or other scale blocks");
         self.scales = matrix.scales().clone();
-        let Some(k) = tile_kernels(self.kernels.isa) else {
+        let Some(k) = tile_kernels(self.kernels.products) else {
             self.bytes.copy_from_slice(matrix.codes());
             return;
         };
@@ -220,7 +220,7 @@ impl PackedMatrix {
 
     /// The canonical form again.
     pub fn unpack(&self) -> TernaryMatrix {
-        let codes = match tile_kernels(self.kernels.isa) {
+        let codes = match tile_kernels(self.kernels.products) {
             None => self.bytes.to_vec(),
             Some(k) => pack_tiles::unpack_panels(self.rows, self.columns, k.rows, &self.bytes),
         };
@@ -289,7 +289,7 @@ impl<'a> Job<'a> {
         assert_eq!(Some(out_len), tokens.checked_mul(matrix.rows), "output of a matrix product");
         let (mut relaid, mut block_sums) = (Vec::new(), Vec::new());
         let by_block = matches!((&matrix.scales, out), (Scales::Block { .. }, Out::F32(_)));
-        if tile_kernels(matrix.kernels.isa).is_some() {
+        if tile_kernels(matrix.kernels.products).is_some() {
             if !columns.contiguous() {
                 let stride = columns.all_tiles() * TILE_COLS;
                 relaid.resize(tokens * stride, 0);
@@ -319,12 +319,12 @@ impl<'a> Job<'a> {
     }
 
     fn panel_rows(&self) -> usize {
-        tile_kernels(self.matrix.kernels.isa).map_or(SCALAR_ROWS, |k| k.rows)
+        tile_kernels(self.matrix.kernels.products).map_or(SCALAR_ROWS, |k| k.rows)
     }
 
     /// Whether packed weights are used as they are.
     fn direct(&self) -> bool {
-        let kernels = tile_kernels(self.matrix.kernels.isa);
+        let kernels = tile_kernels(self.matrix.kernels.products);
         kernels.is_none_or(|k| self.acts.tokens() <= k.direct_limit)
     }
 
@@ -359,7 +359,7 @@ impl<'a> Job<'a> {
         let zero = [[0; MAX_ROWS]; MAX_TOKENS];
         let mut work = Work { total: zero, part: zero, folded: [[0.0; MAX_ROWS]; MAX_TOKENS] };
         for panel in first_panel..all_panels.min(first_panel + panels) {
-            match tile_kernels(self.matrix.kernels.isa) {
+            match tile_kernels(self.matrix.kernels.products) {
                 Some(k) => self.run_panel(k, &mut work, panel, tokens.clone()),
                 None => self.run_scalar(panel, tokens.clone()),
             }
