@@ -94,8 +94,29 @@ impl Source for CpuSource<'_> {
 /// Activations `[tokens, width]`.
 #[derive(Debug)]
 pub struct Buf {
-    pub(crate) data: Vec<f32>,
+    pub(crate) data: Floats,
     pub(crate) width: usize,
+}
+
+/// Memory for some floats, of which the first `used` are meant: it is lent again without being cleared or moved, which for
+/// a prompt's activations costs as much as a layer's arithmetic.
+#[derive(Debug)]
+pub(crate) struct Floats {
+    memory: Vec<f32>,
+    used: usize,
+}
+
+impl std::ops::Deref for Floats {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        &self.memory[..self.used]
+    }
+}
+
+impl std::ops::DerefMut for Floats {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.memory[..self.used]
+    }
 }
 
 /// One sequence's share of a batch: its cache, and how many of the batch's rows are its new tokens.
@@ -112,6 +133,7 @@ pub struct Part<'a> {
 /// Memory that a pass needs and the next one reuses.
 #[derive(Debug)]
 pub struct Workspace {
+    /// From the smallest to the largest.
     free: Vec<Vec<f32>>,
     activations: Activations,
     rope: RopeTable,
@@ -123,10 +145,25 @@ impl Workspace {
         Self { free: Vec::new(), activations: Activations::new(), rope: RopeTable::new(&config.rope) }
     }
 
+    /// A buffer with values of no meaning: the smallest that holds as many, else a new one in place of the largest.
     fn buf(&mut self, tokens: usize, width: usize) -> Buf {
-        let mut data = self.free.pop().unwrap_or_default();
-        data.resize(tokens * width, 0.0);
-        Buf { data, width }
+        let used = tokens * width;
+        let at = self.free.partition_point(|memory| memory.len() < used);
+        let memory = if at < self.free.len() {
+            self.free.remove(at)
+        } else {
+            self.free.pop();
+            let mut memory = vec![0.0; used];
+            setun_kernels::advise_huge_pages(&mut memory);
+            memory
+        };
+        Buf { data: Floats { memory, used }, width }
+    }
+
+    fn put_back(&mut self, buf: Buf) {
+        let memory = buf.data.memory;
+        let at = self.free.partition_point(|other| other.len() < memory.len());
+        self.free.insert(at, memory);
     }
 }
 
@@ -459,12 +496,12 @@ impl Ops for CpuOps<'_, '_> {
 
     fn tap(&mut self, name: Tap, x: &Buf) {
         if let Some(taps) = &mut self.taps {
-            taps.push((name, x.data.clone()));
+            taps.push((name, x.data.to_vec()));
         }
     }
 
     fn release(&mut self, x: Buf) {
-        self.work.free.push(x.data);
+        self.work.put_back(x);
     }
 }
 
