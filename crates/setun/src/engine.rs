@@ -125,6 +125,7 @@ impl Engine {
             engine: self,
             cache: KvCache::new(config, kv, limit),
             work: Workspace::new(config),
+            ids: Vec::new(),
             logits: Vec::new(),
         }
     }
@@ -139,6 +140,7 @@ pub struct Session<'e> {
     engine: &'e Engine,
     cache: KvCache,
     work: Workspace,
+    ids: Vec<u32>,
     logits: Vec<f32>,
 }
 
@@ -151,6 +153,11 @@ impl<'e> Session<'e> {
     /// Tokens seen so far.
     pub fn len(&self) -> usize {
         self.cache.len()
+    }
+
+    /// The tokens seen so far.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
     }
 
     /// Whether no token was seen yet.
@@ -174,12 +181,14 @@ impl<'e> Session<'e> {
     /// last prompt that [`Session::feed`] read, if that is not beyond `len`, and else forgets everything.
     #[must_use = "a model with recurrent layers may know less than was asked for"]
     pub fn truncate(&mut self, len: usize) -> usize {
-        self.cache.truncate(len)
+        let known = self.cache.truncate(len);
+        self.ids.truncate(known);
+        known
     }
 
     /// Forgets all tokens.
     pub fn clear(&mut self) {
-        self.cache.truncate(0);
+        let _ = self.truncate(0);
     }
 
     /// Logits `[vocab_size]` after the last token fed.
@@ -285,6 +294,7 @@ impl<'e> Session<'e> {
         }
         crate::ops::Ops::release(&mut ops, hidden);
         ops.finish();
+        self.ids.extend_from_slice(ids);
     }
 }
 

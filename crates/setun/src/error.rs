@@ -138,6 +138,12 @@ pub enum ModelError {
         /// Tokens fed so far.
         tokens: usize,
     },
+    /// This model cannot verify guesses.
+    #[error("speculation is not possible with this model: {why}; leave it off (`--speculate off`)")]
+    Speculation {
+        /// What prevents it.
+        why: &'static str,
+    },
     /// A token id that the vocabulary does not have.
     #[error("token id {id} is outside the vocabulary of {vocab_size}")]
     UnknownToken {

@@ -23,6 +23,7 @@ pub mod model;
 pub mod ops;
 pub mod recommended;
 pub mod sampler;
+pub mod speculate;
 pub mod stop;
 pub mod tokenizer;
 pub mod weights;
