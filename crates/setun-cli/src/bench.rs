@@ -72,6 +72,8 @@ pub struct BenchArgs {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    head: model::HeadArgs,
+    #[command(flatten)]
     open: model::OpenArgs,
 }
 
@@ -138,6 +140,7 @@ pub fn bench(args: BenchArgs) -> Result<()> {
                 kernels: Some(kernels),
                 threads: Some(threads),
                 activations: Some(args.activations),
+                head: args.head.head,
             };
             let engine = load(&args, model.as_deref(), &options)?;
             let load_seconds = started.elapsed().as_secs_f64();

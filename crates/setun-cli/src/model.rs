@@ -7,6 +7,7 @@ use setun::config::ActivationType;
 use setun::config::ModelConfig;
 use setun::engine::{Engine, EngineOptions};
 use setun::format::{Checkpoint, FloatWeights, I2sLayout, OpenOptions, TlTiles, Type42};
+use setun::head::HeadMode;
 use setun::kv_cache::KvType;
 use setun::tokenizer::Tokenizer;
 use setun_kernels::Kernels;
@@ -81,8 +82,19 @@ pub struct ComputeArgs {
 
 impl ComputeArgs {
     pub fn options(&self) -> EngineOptions {
-        EngineOptions { kernels: self.kernel, threads: self.threads, activations: self.activations }
+        // Overridden where a command chooses tokens; the others read all logits.
+        let head = HeadMode::Exact;
+        EngineOptions { kernels: self.kernel, threads: self.threads, activations: self.activations, head }
     }
+}
+
+/// How the output head finds the few logits that choosing a token needs.
+#[derive(clap::Args, Debug, Clone, Copy)]
+pub struct HeadArgs {
+    /// Output head: exact (all logits are computed), shortlist (four bits for each weight bound all logits, the few that may be
+    /// chosen are computed) or auto (shortlist for a large head that is not ternary); all give the same text
+    #[arg(long, value_name = "HOW", value_parser = head_mode, default_value = "auto", help_heading = "Loading")]
+    pub head: HeadMode,
 }
 
 /// Loads, saying so while it takes.
@@ -101,8 +113,8 @@ impl LoadArgs {
     }
 
     /// The engine for speed: int8 activations unless asked otherwise, which is said where the model defines float.
-    pub fn fast_engine(&self, file: &Checkpoint, config: ModelConfig) -> Result<Engine> {
-        let options = fast(&config, self.compute.options());
+    pub fn fast_engine(&self, file: &Checkpoint, config: ModelConfig, head: HeadArgs) -> Result<Engine> {
+        let options = EngineOptions { head: head.head, ..fast(&config, self.compute.options()) };
         loading(file, config, &options)
     }
 
@@ -224,6 +236,10 @@ fn tl_tiles(text: &str) -> Result<TlTiles, String> {
         Some((&[rows, cols], &[bm, bk, bmm])) => Ok(TlTiles { rows, cols, bm, bk, bmm }),
         _ => Err("ROWSxCOLS:BM,BK,BMM is expected, for example 3200x8640:160,64,32".into()),
     }
+}
+
+fn head_mode(text: &str) -> Result<HeadMode, String> {
+    text.parse()
 }
 
 pub fn kv_type(text: &str) -> Result<KvType, String> {

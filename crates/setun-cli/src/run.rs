@@ -81,6 +81,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "TYPE", value_parser = model::kv_type, default_value = "f16", help_heading = "Loading")]
     kv: KvType,
     #[command(flatten)]
+    head: model::HeadArgs,
+    #[command(flatten)]
     load: LoadArgs,
 }
 
@@ -187,7 +189,7 @@ fn start(mut args: RunArgs, started: Instant, read_stdin: bool) -> Result<()> {
     let config = ModelConfig::of(&file)?;
     model::needs_text(&config)?;
     let tokenizer = args.load.tokenizer(&file)?;
-    let engine = args.load.fast_engine(&file, config)?;
+    let engine = args.load.fast_engine(&file, config, args.head)?;
     let settings = args.sampling.asked().completed(&file).map_err(|error| {
         anyhow::anyhow!("{error}; a value of your own (--temperature, --top-k, --top-p, --min-p or --repeat-penalty) takes its place")
     })?;
@@ -362,6 +364,7 @@ impl Speaker<'_> {
                 "kernel": session.engine().kernels().name(),
                 "threads": session.engine().pool().threads(),
                 "activations": session.engine().activations().to_string(),
+                "head": output::head(session.engine()),
             }));
         }
         if std::io::stdout().is_terminal() && !text.ends_with('\n') {

@@ -15,6 +15,7 @@ use crate::threads::Pool;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+mod picked;
 mod trits;
 
 /// Bytes of a Q8_0 block: an f16 scale and [`Q8_0_LEN`] signed bytes.

@@ -29,6 +29,8 @@ pub mod float;
 mod lanes;
 #[cfg(feature = "std")]
 mod scratch;
+#[cfg(feature = "std")]
+pub mod shortlist;
 
 mod buffer;
 #[cfg(feature = "gemm")]

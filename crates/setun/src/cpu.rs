@@ -510,10 +510,12 @@ impl CpuOps<'_, '_> {
         x.data.len() / x.width.max(1)
     }
 
-    /// A buffer with only row `t` of `x`: the one whose logits are asked for.
-    pub(crate) fn row(&mut self, x: &Buf, t: usize) -> Buf {
-        let mut out = self.work.buf(1, x.width);
-        out.data.copy_from_slice(&x.data[t * x.width..(t + 1) * x.width]);
+    /// A buffer with only rows `rows` of `x`: those whose logits are asked for.
+    pub(crate) fn pick(&mut self, x: &Buf, rows: impl ExactSizeIterator<Item = usize>) -> Buf {
+        let mut out = self.work.buf(rows.len(), x.width);
+        for (out, t) in out.data.chunks_exact_mut(x.width.max(1)).zip(rows) {
+            out.copy_from_slice(&x.data[t * x.width..(t + 1) * x.width]);
+        }
         out
     }
 }

@@ -9,9 +9,10 @@ use crate::config::{ActivationType, ModelConfig};
 use crate::cpu::{CpuMatrix, CpuOps, CpuSource, Part, Workspace};
 use crate::error::ModelError;
 use crate::format::Checkpoint;
+use crate::head::{Candidates, Head, HeadMode, HeadStats, HeadWork, LogitsNeed};
 use crate::kv_cache::{KvCache, KvType};
 use crate::model::{FeedForward, Layer, Model};
-use crate::ops::{Linear, Tap};
+use crate::ops::{Linear, Ops, Tap};
 use crate::weights::Weights;
 
 /// How to load and run a model. The defaults are the fastest that keep the model's own numerics.
@@ -25,6 +26,8 @@ pub struct EngineOptions {
     pub threads: Option<usize>,
     /// What ternary layers multiply with, what the model is defined to ([`ModelConfig::activations`]) if `None`.
     pub activations: Option<ActivationType>,
+    /// How the head is computed where a few logits are asked for ([`Session::feed_for`]).
+    pub head: HeadMode,
 }
 
 /// Tokens that one prefill pass takes at most: long enough for matrix kernels, short enough for the cache.
@@ -37,6 +40,7 @@ pub struct Engine {
     kernels: &'static Kernels,
     pool: Pool,
     activations: ActivationType,
+    head: Head,
 }
 
 impl Engine {
@@ -62,7 +66,8 @@ impl Engine {
         let activations = options.activations.unwrap_or(config.activations());
         let mut source = CpuSource::new(weights.on(&pool), kernels, &pool, activations);
         let model = Model::build(config.clone(), &mut source)?;
-        Ok(Self { model, kernels, pool, activations })
+        let head = Head::new(&model, options.head, kernels, &pool);
+        Ok(Self { model, kernels, pool, activations, head })
     }
 
     /// An engine around weights made elsewhere: random ones for a benchmark, a trainer's for a check.
@@ -70,7 +75,8 @@ impl Engine {
         let kernels = options.kernels.unwrap_or_else(Kernels::best);
         let pool = Pool::new(options.threads.unwrap_or_else(physical_cores_allowed));
         let activations = options.activations.unwrap_or(model.config.activations());
-        Self { model, kernels, pool, activations }
+        let head = Head::new(&model, options.head, kernels, &pool);
+        Self { model, kernels, pool, activations, head }
     }
 
     /// The model's shape and numerics.
@@ -93,13 +99,26 @@ impl Engine {
         &self.pool
     }
 
-    /// Bytes of weights that decoding one token reads: every matrix once, of experts the ones that a token goes through, one row
-    /// of an embedding that is not the head.
-    pub fn bytes_per_token(&self) -> usize {
-        self.bytes_per_pass(1)
+    /// Whether a few logits are found by a shortlist; else by computing all.
+    pub fn has_shortlist(&self) -> bool {
+        self.head.has_shortlist()
     }
 
-    /// Bytes of weights that a pass over `tokens` tokens reads at most: if they need as many different experts as they can.
+    /// What the head did for [`Session::feed_for`] so far.
+    pub fn head_stats(&self) -> HeadStats {
+        self.head.stats()
+    }
+
+    /// Bytes of weights that decoding one token reads: every matrix once, of experts the ones that a token goes through, one row
+    /// of an embedding that is not the head. With a shortlist, of the head what choosing a token has read so far on average.
+    pub fn bytes_per_token(&self) -> usize {
+        let all = self.bytes_per_pass(1);
+        let head = self.model.head.as_ref().unwrap_or(&self.model.embed).matrix.bytes();
+        self.head.bytes_per_token().map_or(all, |read| all - head + read)
+    }
+
+    /// Bytes of weights that a pass over `tokens` tokens reads at most, all logits computed: if they need as many different experts
+    /// as they can.
     pub fn bytes_per_pass(&self, tokens: usize) -> usize {
         let model = &self.model;
         let linear =
@@ -127,6 +146,8 @@ impl Engine {
             work: Workspace::new(config),
             ids: Vec::new(),
             logits: Vec::new(),
+            candidates: Vec::new(),
+            head: HeadWork::default(),
         }
     }
 }
@@ -142,6 +163,8 @@ pub struct Session<'e> {
     work: Workspace,
     ids: Vec<u32>,
     logits: Vec<f32>,
+    candidates: Vec<Candidates>,
+    head: HeadWork,
 }
 
 impl<'e> Session<'e> {
@@ -191,9 +214,14 @@ impl<'e> Session<'e> {
         let _ = self.truncate(0);
     }
 
-    /// Logits `[vocab_size]` after the last token fed.
+    /// Logits `[vocab_size]` after the last token fed; none after [`Session::feed_for`].
     pub fn logits(&self) -> &[f32] {
         &self.logits
+    }
+
+    /// What the last [`Session::feed_for`] returned.
+    pub fn candidates(&self) -> &[Candidates] {
+        &self.candidates
     }
 
     /// Reads `ids` in batches of [`PREFILL_BATCH`] and returns the logits after the last one.
@@ -221,6 +249,33 @@ impl<'e> Session<'e> {
             self.cache.mark();
         }
         Ok(&self.logits)
+    }
+
+    /// Reads `ids` as [`Session::feed`] does, and returns what `need` asks for of the last `n` positions (at least one, at most
+    /// all): logits with the same bits, but of a large head only the part is read that can matter.
+    ///
+    /// # Errors
+    /// As [`Session::feed`].
+    pub fn feed_for(
+        &mut self,
+        ids: &[u32],
+        n: usize,
+        need: &LogitsNeed,
+    ) -> Result<&[Candidates], ModelError> {
+        self.check(ids)?;
+        let length = self.cache.len() + ids.len();
+        let n = n.clamp(1, ids.len());
+        let mut rest = ids;
+        while rest.len() > PREFILL_BATCH && rest.len() - PREFILL_BATCH >= n {
+            let (chunk, after) = rest.split_at(PREFILL_BATCH);
+            self.pass(chunk, length, Want::Nothing, None);
+            rest = after;
+        }
+        self.pass(rest, length, Want::Candidates(n, need), None);
+        if ids.len() > n {
+            self.cache.mark();
+        }
+        Ok(&self.candidates)
     }
 
     /// Logits of every position of `ids`, `[ids.len(), vocab_size]`, in one pass; with `taps`, block outputs too.
@@ -278,29 +333,57 @@ impl<'e> Session<'e> {
         }
     }
 
-    fn pass(&mut self, ids: &[u32], length: usize, want: Want, taps: Option<&mut Taps>) {
+    fn pass(&mut self, ids: &[u32], length: usize, want: Want<'_>, taps: Option<&mut Taps>) {
         let Engine { model, kernels, pool, .. } = self.engine;
         let mut parts = [Part { cache: &mut self.cache, tokens: ids.len(), length }];
         let mut ops = CpuOps::new(kernels, pool, &mut self.work, &mut parts, taps);
         let mut hidden = model.hidden(&mut ops, ids);
-        if want == Want::Last {
-            hidden = ops.row(&hidden, ids.len() - 1);
+        let rows = match want {
+            Want::Nothing => 0,
+            Want::Last => 1,
+            Want::All => ids.len(),
+            Want::Candidates(n, _) => n,
+        };
+        if 0 < rows && rows < ids.len() {
+            let last = ops.pick(&hidden, ids.len() - rows..ids.len());
+            ops.release(std::mem::replace(&mut hidden, last));
         }
-        if want != Want::Nothing {
-            let logits = model.logits(&mut ops, &hidden);
-            self.logits.clear();
-            self.logits.extend_from_slice(&logits.data);
-            crate::ops::Ops::release(&mut ops, logits);
+        self.logits.clear();
+        match want {
+            Want::Nothing => {}
+            Want::Last | Want::All => {
+                let logits = model.logits(&mut ops, &hidden);
+                self.logits.extend_from_slice(&logits.data);
+                ops.release(logits);
+            }
+            Want::Candidates(n, need) => {
+                self.candidates.resize_with(n, Candidates::default);
+                let (work, out) = (&mut self.head, &mut self.candidates[..]);
+                let head = &self.engine.head;
+                let exact = head.candidates(model, kernels, pool, &hidden.data, need, work, out);
+                if !exact.is_empty() {
+                    let picked = ops.pick(&hidden, exact.iter().copied());
+                    let logits = model.logits(&mut ops, &picked);
+                    for (&t, logits) in exact.iter().zip(logits.data.chunks_exact(logits.width)) {
+                        self.candidates[t].set_all(logits);
+                    }
+                    ops.release(picked);
+                    ops.release(logits);
+                }
+            }
         }
-        crate::ops::Ops::release(&mut ops, hidden);
+        ops.release(hidden);
         ops.finish();
         self.ids.extend_from_slice(ids);
     }
 }
 
-#[derive(Clone, Copy, PartialEq)]
-enum Want {
+/// Which results of a pass are wanted.
+#[derive(Clone, Copy)]
+enum Want<'a> {
     Nothing,
     Last,
     All,
+    /// Of so many last positions what is needed.
+    Candidates(usize, &'a LogitsNeed),
 }

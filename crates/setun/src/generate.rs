@@ -87,7 +87,7 @@ pub fn generate_showing(
     emit: &mut dyn FnMut(&str) -> bool,
 ) -> Result<Report, ModelError> {
     let started = Instant::now();
-    session.feed(prompt)?;
+    session.feed_for(prompt, 1, &sampler.need_after(prompt))?;
     let prefill = started.elapsed();
     for &id in prompt {
         sampler.accept(id);
@@ -98,18 +98,16 @@ pub fn generate_showing(
         stream.push(id)?;
     }
     let mut new_ids = Vec::new();
-    let mut logits = Vec::new();
     let started = Instant::now();
     let stop = loop {
         if new_ids.len() == limits.max_tokens {
             break Stop::MaxTokens;
         }
-        logits.clear();
-        logits.extend_from_slice(session.logits());
-        if logits.iter().any(|logit| !logit.is_finite()) {
+        let [candidates] = session.candidates() else { unreachable!("one position was asked for") };
+        if !candidates.is_finite() {
             return Err(ModelError::NotFinite { tokens: session.len() });
         }
-        let id = sampler.sample(&mut logits);
+        let id = sampler.pick(candidates);
         sampler.accept(id);
         if limits.stop_ids.contains(&id) {
             break Stop::EndOfText;
@@ -125,7 +123,7 @@ pub fn generate_showing(
         if session.room() == 0 {
             break Stop::ContextFull;
         }
-        session.feed(&[id])?;
+        session.feed_for(&[id], 1, &sampler.need())?;
     };
     let rest = stream.finish()?;
     if !rest.is_empty() {

@@ -2,7 +2,7 @@
 //!
 //! The modules follow the way of the data: a file is opened by [`format`], described by [`config`], its tensors found
 //! by [`weights`]; [`tokenizer`] and [`chat`] turn text into ids; [`model`] is the forward pass over [`ops`], which
-//! [`cpu`] executes with a [`kv_cache`]; [`engine`] holds a loaded model and its sequences, [`sampler`] picks the next
+//! [`cpu`] executes with a [`kv_cache`]; [`engine`] holds a loaded model and its sequences, [`head`] gives their logits, [`sampler`] picks the next
 //! token (as [`recommended`] by the model's makers or otherwise asked), [`generate`] puts them together and [`stop`] watches for strings that end a text. [`inspect`] tells what a file
 //! holds, [`eval`] scores a model, [`convert`] rewrites one. [`hub`] fetches models and keeps them. [`error`] says why something could not be done.
 
@@ -15,6 +15,7 @@ pub mod error;
 pub mod eval;
 pub mod format;
 pub mod generate;
+pub mod head;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod inspect;

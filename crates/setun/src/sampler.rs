@@ -5,8 +5,12 @@
 //! kernels' own, sums run in a fixed order in f64, and equal logits are ordered by id.
 //!
 //! Order of the steps: penalties, temperature, top-k, top-p, min-p, draw.
+//!
+//! Most settings leave only a few tokens to choose from, the largest logits and what penalties may lift among them:
+//! [`Sampler::need`] says which, and [`Sampler::pick`] from these (or more) is [`Sampler::sample`] from all.
 
 use crate::error::ModelError;
+use crate::head::{Candidates, LogitsNeed};
 use setun_kernels::float::exp;
 use std::cmp::Ordering;
 use std::collections::{HashMap, VecDeque};
@@ -124,13 +128,70 @@ impl Sampler {
         self.recent.push_back(id);
     }
 
+    /// The logits that the next choice can depend on.
+    pub fn need(&self) -> LogitsNeed {
+        self.need_after(&[])
+    }
+
+    /// The logits that choices can depend on which follow some or all of `ids`, in order, none of them accepted yet.
+    pub fn need_after(&self, ids: &[u32]) -> LogitsNeed {
+        let Sampling { temperature, top_k, top_p, min_p, repeat_last_n, .. } = self.sampling;
+        // Penalties may move recent tokens anywhere, and leave the order of the others. So the `top_k` that remain after them
+        // are recent ones or among the `top_k` largest of the others.
+        let mut also = Vec::new();
+        if self.sampling.penalises() {
+            also.extend(&self.recent);
+            also.extend(&ids[ids.len().saturating_sub(repeat_last_n)..]);
+            also.sort_unstable();
+            also.dedup();
+        }
+        // Weights below `min_p` go. With room for what rounding does to weights.
+        let near = temperature * (0.01 - min_p.ln());
+        let (count, within) = match (temperature, top_k, top_p < 1.0, min_p > 0.0) {
+            (0.0, ..) => (1, f32::INFINITY),
+            (_, 0, true, _) | (_, 0, _, false) => return LogitsNeed::All,
+            (_, 0, false, true) => (usize::MAX, near),
+            // Top-p counts the weights of all `top_k`, min-p does not.
+            (_, k, true, _) | (_, k, _, false) => (k, f32::INFINITY),
+            (_, k, false, true) => (k, near),
+        };
+        LogitsNeed::Top { count, within, also }
+    }
+
     /// The next token. `logits` holds one value for each id and is changed by the penalties.
     ///
     /// NaN and −∞ are never chosen; if nothing else is there (or `logits` is empty) the answer is 0.
     /// Does not call [`Sampler::accept`].
     pub fn sample(&mut self, logits: &mut [f32]) -> u32 {
-        self.penalise(logits);
-        let Some((best, largest)) = first_largest(logits) else {
+        for (id, count) in self.counts() {
+            if let Some(logit) = logits.get_mut(id as usize) {
+                *logit = self.penalised(*logit, count);
+            }
+        }
+        if self.sampling.temperature == 0.0 {
+            return first_largest(logits.iter().copied().zip(0..)).map_or(0, |(_, id)| id);
+        }
+        self.candidates.clear();
+        self.candidates.extend(logits.iter().copied().zip(0..));
+        self.choose()
+    }
+
+    /// [`Sampler::sample`] from what [`Sampler::need`] asks for: the id that it gives for all logits.
+    pub fn pick(&mut self, from: &Candidates) -> u32 {
+        self.candidates.clear();
+        self.candidates.extend(from.iter().map(|(id, logit)| (logit, id)));
+        for (id, count) in self.counts() {
+            if let Some(at) = from.position(id) {
+                self.candidates[at].0 = self.penalised(self.candidates[at].0, count);
+            }
+        }
+        self.choose()
+    }
+
+    /// The next token out of `candidates`, which are in rising order of ids.
+    fn choose(&mut self) -> u32 {
+        let candidates = &mut self.candidates;
+        let Some((largest, best)) = first_largest(candidates.iter().copied()) else {
             return 0;
         };
         let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
@@ -139,10 +200,7 @@ impl Sampler {
         }
         // Weight of the likeliest is 1, so min-p is a bound on the weight itself.
         let weight = |logit: f32| exp((logit - largest) / temperature);
-        self.candidates.clear();
-        let usable = logits.iter().zip(0u32..).filter(|(logit, _)| **logit > f32::NEG_INFINITY);
-        self.candidates.extend(usable.map(|(&logit, id)| (logit, id)));
-        let candidates = &mut self.candidates;
+        candidates.retain(|&(logit, _)| logit > f32::NEG_INFINITY);
         if top_k > 0 && top_k < candidates.len() {
             candidates.select_nth_unstable_by(top_k - 1, likelier);
             candidates.truncate(top_k);
@@ -169,22 +227,20 @@ impl Sampler {
         best // Only if rounding carries `target` to the total itself.
     }
 
-    fn penalise(&self, logits: &mut [f32]) {
-        if !self.sampling.penalises() {
-            return;
+    /// How often each recent token occurs, where that matters.
+    fn counts(&self) -> HashMap<u32, u32> {
+        let mut counts = HashMap::new();
+        if self.sampling.penalises() {
+            self.recent.iter().for_each(|&id| *counts.entry(id).or_default() += 1);
         }
-        let mut counts: HashMap<u32, u32> = HashMap::new();
-        for &id in &self.recent {
-            *counts.entry(id).or_default() += 1;
-        }
-        for (id, count) in counts {
-            let Some(logit) = logits.get_mut(id as usize) else {
-                continue;
-            };
-            let factor = self.sampling.repetition_penalty;
-            *logit = if *logit > 0.0 { *logit / factor } else { *logit * factor };
-            *logit -= count as f32 * self.sampling.frequency_penalty + self.sampling.presence_penalty;
-        }
+        counts
+    }
+
+    /// The logit of a token that occurs `count` times.
+    fn penalised(&self, logit: f32, count: u32) -> f32 {
+        let Sampling { repetition_penalty, frequency_penalty, presence_penalty, .. } = self.sampling;
+        let logit = if logit > 0.0 { logit / repetition_penalty } else { logit * repetition_penalty };
+        logit - (count as f32 * frequency_penalty + presence_penalty)
     }
 
     /// Uniform in [0, 1): the upper 53 bits of SplitMix64's next output.
@@ -197,16 +253,16 @@ impl Sampler {
     }
 }
 
-/// Index and value of the first largest logit that is neither NaN nor −∞.
-fn first_largest(logits: &[f32]) -> Option<(u32, f32)> {
+/// The first of the largest logits that are neither NaN nor −∞, with its id.
+fn first_largest(logits: impl Iterator<Item = (f32, u32)>) -> Option<(f32, u32)> {
     let mut best = None;
     let mut largest = f32::NEG_INFINITY;
-    for (&logit, id) in logits.iter().zip(0u32..) {
+    for (logit, id) in logits {
         if logit > largest {
-            (best, largest) = (Some(id), logit);
+            (best, largest) = (Some((logit, id)), logit);
         }
     }
-    best.map(|id| (id, largest))
+    best
 }
 
 /// Larger first, then the smaller id.

@@ -38,7 +38,11 @@ fn huggingface(scales: Option<ScaleConvention>) -> ConvertOptions<'static> {
 }
 
 fn engine(path: &Path) -> Engine {
-    let options = EngineOptions { kernels: None, threads: Some(1), activations: Some(ActivationType::Int8) };
+    let options = EngineOptions {
+        threads: Some(1),
+        activations: Some(ActivationType::Int8),
+        ..EngineOptions::default()
+    };
     Engine::open(path, &options).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 

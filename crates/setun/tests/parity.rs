@@ -60,8 +60,12 @@ fn compare(what: &str, found: &[f32], expected: &[f32], width: usize, tolerance:
 }
 
 fn engine(path: &Path, kernels: &'static Kernels, threads: usize, activations: ActivationType) -> Engine {
-    let options =
-        EngineOptions { kernels: Some(kernels), threads: Some(threads), activations: Some(activations) };
+    let options = EngineOptions {
+        kernels: Some(kernels),
+        threads: Some(threads),
+        activations: Some(activations),
+        ..EngineOptions::default()
+    };
     Engine::open(path, &options).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 

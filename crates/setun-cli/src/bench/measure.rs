@@ -119,7 +119,7 @@ fn decode(engine: &Engine, plan: &Plan, tokens: usize) -> Result<Run, ModelError
         }
         let started = Instant::now();
         for id in ids {
-            session.feed(std::slice::from_ref(id))?;
+            session.feed_for(std::slice::from_ref(id), 1, &LogitsNeed::greedy())?;
         }
         Ok(started.elapsed().as_secs_f64())
     };
