@@ -2,6 +2,7 @@
 
 mod chat;
 
+use std::cell::RefCell;
 use std::hash::{BuildHasher, Hasher};
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -12,10 +13,11 @@ use setun::chat::{Chat, Message, Part, Prompt, Splitter, TurnEnd};
 use setun::config::ModelConfig;
 use setun::engine::{Engine, Session};
 use setun::error::ModelError;
-use setun::generate::{Limits, Report, Stop, generate_showing};
+use setun::generate::{Extras, Limits, Report, Stop, generate_with};
 use setun::kv_cache::KvType;
 use setun::recommended::Recommended;
 use setun::sampler::{Sampler, Sampling};
+use setun::speculate::{DraftModel, PromptLookup, Speculator, can_verify};
 use setun::stop::StopStrings;
 use setun::tokenizer::Tokenizer;
 
@@ -82,6 +84,13 @@ pub struct RunArgs {
     kv: KvType,
     #[command(flatten)]
     head: model::HeadArgs,
+    /// Guess several tokens ahead and verify them in one pass; the text is the same [default: lookup, where the model can take
+    /// guesses back]
+    #[arg(long, value_name = "HOW", help_heading = "Loading")]
+    speculate: Option<Speculate>,
+    /// Smaller model with the same vocabulary that guesses ahead: file, folder or hub name
+    #[arg(long, value_name = "MODEL", conflicts_with = "speculate", help_heading = "Loading")]
+    draft: Option<PathBuf>,
     #[command(flatten)]
     load: LoadArgs,
 }
@@ -145,6 +154,15 @@ impl SamplingArgs {
     }
 }
 
+/// Where guesses of the next tokens come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Speculate {
+    /// What followed the last tokens where they stood before: texts that repeat their prompt or themselves get faster
+    Lookup,
+    /// One token at a time
+    Off,
+}
+
 /// What happens to a model's thinking.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Thinking {
@@ -194,6 +212,7 @@ fn start(mut args: RunArgs, started: Instant, read_stdin: bool) -> Result<()> {
         anyhow::anyhow!("{error}; a value of your own (--temperature, --top-k, --top-p, --min-p or --repeat-penalty) takes its place")
     })?;
     let sampling = args.sampling.sampling(&settings);
+    let draft = args.draft_engine(&engine, &tokenizer)?;
     drop(file);
     let limit = args.load.limit(engine.config());
     let session = engine.session(args.kv, Some(limit));
@@ -207,8 +226,16 @@ fn start(mut args: RunArgs, started: Instant, read_stdin: bool) -> Result<()> {
         stop.push(text.clone());
     }
     let stop_ids = stop_ids(&engine, &tokenizer, chat.as_ref(), args.ignore_eos);
-    let speaker =
-        Speaker { tokenizer: &tokenizer, chat: chat.as_ref(), stop_ids, stop, args: &args, memory: &memory };
+    let speculator = RefCell::new(args.speculator(&engine, draft.as_ref(), limit)?);
+    let speaker = Speaker {
+        tokenizer: &tokenizer,
+        chat: chat.as_ref(),
+        stop_ids,
+        stop,
+        args: &args,
+        memory: &memory,
+        speculator,
+    };
     if let Some(chat) = chat.as_ref().filter(|_| talking) {
         return chat::converse(&speaker, chat, session, sampling);
     }
@@ -243,6 +270,47 @@ impl RunArgs {
     /// What the template is told; nothing unless the user says something.
     fn enable_thinking(&self) -> Option<bool> {
         self.thinking.map(|thinking| thinking != Thinking::Off)
+    }
+}
+
+impl RunArgs {
+    /// The draft model, if one is asked for that can help this one.
+    fn draft_engine(&self, engine: &Engine, tokenizer: &Tokenizer) -> Result<Option<Engine>> {
+        let Some(path) = &self.draft else { return Ok(None) };
+        can_verify(engine)?;
+        let file = self.load.open.open(Some(path))?;
+        let config = ModelConfig::of(&file)?;
+        model::needs_text(&config)?;
+        let own = Tokenizer::of(&file).with_context(|| format!("cannot use {} as a draft", path.display()))?;
+        let size = tokenizer.vocab_size().max(own.vocab_size());
+        if let Some(id) = (0..size as u32).find(|&id| tokenizer.id_to_token(id) != own.id_to_token(id)) {
+            let name = |token: Option<String>| token.map_or("nothing".to_owned(), |t| format!("{t:?}"));
+            bail!(
+                "{} cannot guess for this model: token {id} is {} there and {} here; a draft model needs the same vocabulary",
+                path.display(),
+                name(own.id_to_token(id)),
+                name(tokenizer.id_to_token(id)),
+            );
+        }
+        let options = model::fast(&config, self.load.compute.options());
+        Ok(Some(engine.load_beside(&file, config, &options)?))
+    }
+
+    fn speculator<'e>(
+        &self,
+        engine: &Engine,
+        draft: Option<&'e Engine>,
+        limit: usize,
+    ) -> Result<Option<Speculator<'e>>> {
+        Ok(match (draft, self.speculate) {
+            (Some(draft), _) => {
+                let limit = limit.min(draft.config().max_positions);
+                Some(Speculator::new(engine, DraftModel::new(draft.session(self.kv, Some(limit))))?)
+            }
+            (None, Some(Speculate::Off)) => None,
+            (None, Some(Speculate::Lookup)) => Some(Speculator::new(engine, PromptLookup::new())?),
+            (None, None) => Speculator::new(engine, PromptLookup::new()).ok(),
+        })
     }
 }
 
@@ -306,6 +374,7 @@ struct Speaker<'a> {
     stop: Vec<String>,
     args: &'a RunArgs,
     memory: &'a memory::Watch,
+    speculator: RefCell<Option<Speculator<'a>>>,
 }
 
 /// One generation: what came out, and when it began.
@@ -365,6 +434,7 @@ impl Speaker<'_> {
                 "threads": session.engine().pool().threads(),
                 "activations": session.engine().activations().to_string(),
                 "head": output::head(session.engine()),
+                "speculation": { "guesses": report.speculated.guesses, "right": report.speculated.right },
             }));
         }
         if std::io::stdout().is_terminal() && !text.ends_with('\n') {
@@ -408,7 +478,9 @@ impl Speaker<'_> {
         let (mut stopped, mut asked) = (false, false);
         let shown = self.chat.map(Chat::hidden_tags).unwrap_or_default();
         let ids = &prompt.ids[fed..];
-        let report = generate_showing(session, self.tokenizer, ids, sampler, &limits, &shown, &mut |piece| {
+        let mut speculator = self.speculator.borrow_mut();
+        let extras = Extras { shown: &shown, speculator: speculator.as_mut() };
+        let report = generate_with(session, self.tokenizer, ids, sampler, &limits, extras, &mut |piece| {
             let passed = stops.push(piece);
             stopped |= passed.stopped;
             splitter.push(&passed.text, &mut |part, text| asked |= !pass_on(part, text));
@@ -484,6 +556,9 @@ fn summary(report: &Report, first: Option<Duration>, sampling: &Sampling, memory
             n => format!("{n} new tokens at {} tok/s", output::rate(report.decode_rate())),
         },
     ];
+    if report.speculated.guesses > 0 {
+        parts.push(format!("{} of {} guesses right", report.speculated.right, report.speculated.guesses));
+    }
     parts.extend(first.map(|first| format!("first text after {:.3} s", first.as_secs_f64())));
     parts.extend(memory.map(|peak| format!("memory {}", output::bytes(peak))));
     if sampling.temperature > 0.0 {

@@ -1,6 +1,7 @@
 //! A loaded model and the sequences it runs: prefill in batches, decode token by token.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use setun_kernels::Kernels;
 use setun_kernels::threads::{Pool, physical_cores_allowed};
@@ -38,7 +39,7 @@ pub const PREFILL_BATCH: usize = 512;
 pub struct Engine {
     model: Model<CpuMatrix, Vec<f32>>,
     kernels: &'static Kernels,
-    pool: Pool,
+    pool: Arc<Pool>,
     activations: ActivationType,
     head: Head,
 }
@@ -58,8 +59,30 @@ impl Engine {
     /// # Errors
     /// When a tensor is missing, has another shape, cannot be decoded, or is there though `config` has no place for it.
     pub fn load(file: &Checkpoint, config: ModelConfig, options: &EngineOptions) -> Result<Self, ModelError> {
-        let kernels = options.kernels.unwrap_or_else(Kernels::best);
         let pool = Pool::new(options.threads.unwrap_or_else(physical_cores_allowed));
+        Self::load_on(Arc::new(pool), file, config, options)
+    }
+
+    /// [`Engine::load`] of another model that runs on this one's threads, in turn with it: a draft model.
+    ///
+    /// # Errors
+    /// As [`Engine::load`].
+    pub fn load_beside(
+        &self,
+        file: &Checkpoint,
+        config: ModelConfig,
+        options: &EngineOptions,
+    ) -> Result<Self, ModelError> {
+        Self::load_on(Arc::clone(&self.pool), file, config, options)
+    }
+
+    fn load_on(
+        pool: Arc<Pool>,
+        file: &Checkpoint,
+        config: ModelConfig,
+        options: &EngineOptions,
+    ) -> Result<Self, ModelError> {
+        let kernels = options.kernels.unwrap_or_else(Kernels::best);
         let weights = Weights::new(file, &config);
         weights.check_all_used()?;
         weights.check_scale_convention()?;
@@ -76,7 +99,7 @@ impl Engine {
         let pool = Pool::new(options.threads.unwrap_or_else(physical_cores_allowed));
         let activations = options.activations.unwrap_or(model.config.activations());
         let head = Head::new(&model, options.head, kernels, &pool);
-        Self { model, kernels, pool, activations, head }
+        Self { model, kernels, pool: Arc::new(pool), activations, head }
     }
 
     /// The model's shape and numerics.

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use crate::engine::Session;
 use crate::error::ModelError;
 use crate::sampler::Sampler;
+use crate::speculate::{Speculated, Speculator};
 use crate::tokenizer::{StreamDecoder, Tokenizer};
 
 /// When to stop.
@@ -42,6 +43,8 @@ pub struct Report {
     pub decode: Duration,
     /// Why it ended.
     pub stop: Stop,
+    /// What the speculator has done so far, in this generation and those before it.
+    pub speculated: Speculated,
 }
 
 impl Report {
@@ -70,22 +73,32 @@ pub fn generate(
     limits: &Limits,
     emit: &mut dyn FnMut(&str) -> bool,
 ) -> Result<Report, ModelError> {
-    generate_showing(session, tokenizer, prompt, sampler, limits, &[], emit)
+    generate_with(session, tokenizer, prompt, sampler, limits, Extras::default(), emit)
 }
 
-/// [`generate`], with the text of these control tokens, which it leaves out otherwise: tags that the receiver looks for.
+/// What a generation may have besides prompt, sampler and limits.
+#[derive(Debug, Default)]
+pub struct Extras<'a, 'd> {
+    /// Control tokens whose text is passed on, which is left out otherwise: tags that the receiver looks for.
+    pub shown: &'a [u32],
+    /// Guesses several tokens ahead; the text is the same without.
+    pub speculator: Option<&'a mut Speculator<'d>>,
+}
+
+/// [`generate`] with `extras`.
 ///
 /// # Errors
 /// As [`generate`].
-pub fn generate_showing(
+pub fn generate_with(
     session: &mut Session,
     tokenizer: &Tokenizer,
     prompt: &[u32],
     sampler: &mut Sampler,
     limits: &Limits,
-    shown: &[u32],
+    extras: Extras,
     emit: &mut dyn FnMut(&str) -> bool,
 ) -> Result<Report, ModelError> {
+    let Extras { shown, mut speculator } = extras;
     let started = Instant::now();
     session.feed_for(prompt, 1, &sampler.need_after(prompt))?;
     let prefill = started.elapsed();
@@ -97,39 +110,71 @@ pub fn generate_showing(
     for &id in prompt {
         stream.push(id)?;
     }
-    let mut new_ids = Vec::new();
+    let (mut text, mut new_ids) = (session.ids().to_vec(), Vec::new());
+    // The last pass read the token chosen before it, then `guesses`, in so many seconds.
+    let (mut guesses, mut seconds) = (Vec::new(), None);
     let started = Instant::now();
     let stop = loop {
-        if new_ids.len() == limits.max_tokens {
-            break Stop::MaxTokens;
+        let first = session.len() - guesses.len();
+        let mut right = 0;
+        let stop = loop {
+            if new_ids.len() == limits.max_tokens {
+                break Some(Stop::MaxTokens);
+            }
+            let candidates = &session.candidates()[right];
+            if !candidates.is_finite() {
+                return Err(ModelError::NotFinite { tokens: first + right });
+            }
+            let id = sampler.pick(candidates);
+            sampler.accept(id);
+            if limits.stop_ids.contains(&id) {
+                break Some(Stop::EndOfText);
+            }
+            new_ids.push(id);
+            text.push(id);
+            let piece = stream.push(id)?;
+            if !piece.is_empty() && !emit(&piece) {
+                break Some(Stop::Asked);
+            }
+            if new_ids.len() == limits.max_tokens {
+                break Some(Stop::MaxTokens);
+            }
+            if guesses.get(right) != Some(&id) {
+                break None;
+            }
+            right += 1;
+        };
+        // What was guessed wrongly, or behind the end, is taken back.
+        let _ = session.truncate(first + right);
+        if let (Some(speculator), Some(seconds)) = (&mut speculator, seconds) {
+            speculator.note(right, seconds);
         }
-        let [candidates] = session.candidates() else { unreachable!("one position was asked for") };
-        if !candidates.is_finite() {
-            return Err(ModelError::NotFinite { tokens: session.len() });
-        }
-        let id = sampler.pick(candidates);
-        sampler.accept(id);
-        if limits.stop_ids.contains(&id) {
-            break Stop::EndOfText;
-        }
-        new_ids.push(id);
-        let text = stream.push(id)?;
-        if !text.is_empty() && !emit(&text) {
-            break Stop::Asked;
-        }
-        if new_ids.len() == limits.max_tokens {
-            break Stop::MaxTokens;
+        if let Some(stop) = stop {
+            break stop;
         }
         if session.room() == 0 {
             break Stop::ContextFull;
         }
-        session.feed_for(&[id], 1, &sampler.need())?;
+        let pass = Instant::now();
+        let mut ids = vec![*text.last().expect("a token was chosen")];
+        if let Some(speculator) = &mut speculator {
+            // Those behind the last token that will be chosen would be verified for nothing.
+            let most = (limits.max_tokens - new_ids.len() - 1).min(session.room() - 1);
+            ids.extend_from_slice(speculator.guess(&text, most)?);
+        }
+        guesses = ids.split_off(1);
+        let need = sampler.need_after(&guesses);
+        ids.extend_from_slice(&guesses);
+        session.feed_for(&ids, ids.len(), &need)?;
+        seconds = Some(pass.elapsed().as_secs_f64());
     };
     let rest = stream.finish()?;
     if !rest.is_empty() {
         emit(&rest);
     }
-    Ok(Report { prompt_tokens: prompt.len(), new_ids, prefill, decode: started.elapsed(), stop })
+    let speculated = speculator.map(|speculator| speculator.total()).unwrap_or_default();
+    let decode = started.elapsed();
+    Ok(Report { prompt_tokens: prompt.len(), new_ids, prefill, decode, stop, speculated })
 }
 
 #[cfg(test)]
