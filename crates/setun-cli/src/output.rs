@@ -24,6 +24,21 @@ pub fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
     Ok(print(&text)?)
 }
 
+/// How the head found its logits: `exact`, or by a shortlist, and what that came to.
+pub fn head(engine: &setun::engine::Engine) -> serde_json::Value {
+    let stats = engine.head_stats();
+    match engine.has_shortlist() {
+        false => serde_json::json!({ "mode": "exact" }),
+        true => serde_json::json!({
+            "mode": "shortlist",
+            "shortlisted": stats.shortlisted,
+            "mean_rows": stats.mean_rows(),
+            "fallbacks": stats.fallbacks,
+            "exact": stats.exact,
+        }),
+    }
+}
+
 /// Whether the only thing wrong is that nobody reads stdout any more.
 pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref::<std::io::Error>(), Some(e) if e.kind() == ErrorKind::BrokenPipe)

@@ -16,8 +16,8 @@
 
 use crate::buffer::Buffer;
 use crate::dense::DenseMatrix;
-use crate::kernels::{Isa, Kernels, Products};
-use crate::lanes::LANES;
+use crate::kernels::{Kernels, Products};
+use crate::lanes::{LANES, job};
 use crate::scratch::{Parts, with_scratch};
 use crate::threads::{Pool, SharedMut};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -28,7 +28,7 @@ mod avx2;
 mod avx512;
 
 /// Columns that share a step.
-pub const GROUP: usize = 256;
+pub const GROUP: usize = 128;
 /// Rows of a panel.
 const ROWS: usize = 64;
 /// Columns of a tile, and its bytes.
@@ -104,7 +104,8 @@ impl Shortlist {
             with_scratch(chunks, |weights| {
                 for r in 0..ROWS.min(rows - panel * ROWS) {
                     matrix.row_chunks(kernels, panel * ROWS + r, weights);
-                    if !encode_row(kernels, weights.as_flattened(), &padded, r, out) {
+                    let (weights, offsets) = (weights.as_flattened(), &padded[..]);
+                    if !kernels.lanes(Encode { weights, offsets, r, panel: &mut *out }) {
                         fine.store(false, Relaxed);
                         return;
                     }
@@ -140,7 +141,7 @@ impl Shortlist {
     }
 }
 
-/// Uniform on [−½, ½), in steps of 2⁻²⁴: SplitMix64's upper bits.
+/// Uniform on [−½, ½): SplitMix64's upper bits.
 fn uniform(state: &mut u64) -> f32 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;
@@ -158,9 +159,8 @@ fn bf16_to_f32(x: u16) -> f32 {
     f32::from_bits(u32::from(x) << 16)
 }
 
-/// Row `r` of a panel. `false` if a weight is too large.
-#[inline(always)]
-fn encode_row_generic(weights: &[f32], offsets: &[f32], r: usize, panel: &mut [u8]) -> bool {
+// Plain loops: as jobs they are compiled for every instruction set.
+job!(Encode { weights: &'a [f32], offsets: &'a [f32], r: usize, panel: &'a mut [u8] } -> bool, |_s| {
     let mut rest = panel;
     for (weights, offsets) in weights.chunks(GROUP).zip(offsets.chunks(GROUP)) {
         let words = weights.len() / TILE_COLS;
@@ -192,31 +192,7 @@ fn encode_row_generic(weights: &[f32], offsets: &[f32], r: usize, panel: &mut [u
         }
     }
     true
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn encode_row_avx2(weights: &[f32], offsets: &[f32], r: usize, panel: &mut [u8]) -> bool {
-    encode_row_generic(weights, offsets, r, panel)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-fn encode_row_avx512(weights: &[f32], offsets: &[f32], r: usize, panel: &mut [u8]) -> bool {
-    encode_row_generic(weights, offsets, r, panel)
-}
-
-fn encode_row(kernels: &Kernels, weights: &[f32], offsets: &[f32], r: usize, panel: &mut [u8]) -> bool {
-    match kernels.isa {
-        // SAFETY: a `Kernels` exists only when its instruction set was found.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { encode_row_avx512(weights, offsets, r, panel) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { encode_row_avx2(weights, offsets, r, panel) },
-        _ => encode_row_generic(weights, offsets, r, panel),
-    }
-}
+});
 
 /// What all rows need to know of one group of inputs.
 #[derive(Debug, Clone, Copy)]
@@ -302,30 +278,36 @@ struct Totals {
 
 const ZERO: Totals = Totals { estimate: [0.0; ROWS], spread: [0.0; ROWS], slack: [0.0; ROWS] };
 
-impl Totals {
-    #[inline(always)]
-    fn add(&mut self, steps: &[u8; STEP_BYTES], sums: &[i32; ROWS], group: &InputGroup) {
-        for r in 0..ROWS {
-            let step = bf16_to_f32(u16::from_le_bytes([steps[2 * r], steps[2 * r + 1]]));
-            let product = group.scale * ((sums[r] - group.whole) as f32 - group.rest);
-            self.estimate[r] = step.mul_add(product, self.estimate[r]);
-            self.spread[r] = (step * step).mul_add(group.spread, self.spread[r]);
-            self.slack[r] = step.mul_add(group.slack, self.slack[r]);
-        }
+job!(Add {
+    totals: &'a mut Totals,
+    steps: &'a [u8; STEP_BYTES],
+    sums: &'a [i32; ROWS],
+    group: &'a InputGroup,
+} -> (), |_s| {
+    for r in 0..ROWS {
+        let step = bf16_to_f32(u16::from_le_bytes([steps[2 * r], steps[2 * r + 1]]));
+        let product = group.scale * ((sums[r] - group.whole) as f32 - group.rest);
+        totals.estimate[r] = step.mul_add(product, totals.estimate[r]);
+        totals.spread[r] = (step * step).mul_add(group.spread, totals.spread[r]);
+        totals.slack[r] = step.mul_add(group.slack, totals.slack[r]);
     }
-}
+});
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn add_avx2(totals: &mut Totals, steps: &[u8; STEP_BYTES], sums: &[i32; ROWS], group: &InputGroup) {
-    totals.add(steps, sums, group);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-fn add_avx512(totals: &mut Totals, steps: &[u8; STEP_BYTES], sums: &[i32; ROWS], group: &InputGroup) {
-    totals.add(steps, sums, group);
-}
+job!(Finish { totals: &'a Totals, estimates: &'a mut [f32], uppers: &'a mut [f32] } -> [f32; 2], |_s| {
+    let mut bound = [0.0; ROWS];
+    for r in 0..ROWS {
+        bound[r] = totals.estimate[r] + (totals.spread[r].sqrt() + totals.slack[r]);
+    }
+    estimates.copy_from_slice(&totals.estimate[..estimates.len()]);
+    uppers.copy_from_slice(&bound[..uppers.len()]);
+    [estimates, uppers].map(|values| {
+        let mut most = [f32::NEG_INFINITY; LANES];
+        for values in values.chunks(LANES) {
+            most.iter_mut().zip(values).for_each(|(most, &v)| *most = if v > *most { v } else { *most });
+        }
+        most.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    })
+});
 
 impl Work<'_> {
     fn dot(&self) -> Dot {
@@ -374,14 +356,7 @@ impl Work<'_> {
             for ((totals, sums), input) in totals.iter_mut().zip(&sums).zip(tokens) {
                 // Unusable inputs have no groups, and their bounds are not looked at.
                 let Some(group) = input.groups.get(g) else { continue };
-                match self.kernels.isa {
-                    // SAFETY (both): as above.
-                    #[cfg(target_arch = "x86_64")]
-                    Isa::Avx512 => unsafe { add_avx512(totals, steps, sums, group) },
-                    #[cfg(target_arch = "x86_64")]
-                    Isa::Avx2 => unsafe { add_avx2(totals, steps, sums, group) },
-                    _ => totals.add(steps, sums, group),
-                }
+                self.kernels.lanes(Add { totals, steps, sums, group });
             }
         }
         let rows = ROWS.min(self.list.rows - panel * ROWS);
@@ -392,12 +367,7 @@ impl Work<'_> {
             let (estimates, uppers) = unsafe { (estimates.get(at, rows), uppers.get(at, rows)) };
             let (most_estimate, most_upper) =
                 unsafe { (most_estimate.get(most, 1), most_upper.get(most, 1)) };
-            for r in 0..rows {
-                estimates[r] = totals.estimate[r];
-                uppers[r] = totals.estimate[r] + (totals.spread[r].sqrt() + totals.slack[r]);
-            }
-            most_estimate[0] = estimates.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
-            most_upper[0] = uppers.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
+            [most_estimate[0], most_upper[0]] = self.kernels.lanes(Finish { totals, estimates, uppers });
         }
     }
 }

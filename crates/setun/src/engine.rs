@@ -383,7 +383,7 @@ impl<'e> Session<'e> {
                 self.candidates.resize_with(n, Candidates::default);
                 let (work, out) = (&mut self.head, &mut self.candidates[..]);
                 let head = &self.engine.head;
-                let exact = head.candidates(model, kernels, pool, &hidden.data, need, work, out);
+                let exact = head.candidates(model, (kernels, pool), &hidden.data, &vec![need; n], work, out);
                 if !exact.is_empty() {
                     let picked = ops.pick(&hidden, exact.iter().copied());
                     let logits = model.logits(&mut ops, &picked);

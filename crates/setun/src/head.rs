@@ -152,6 +152,8 @@ const WORTH: usize = 16 << 20;
 /// After this many fallbacks in a row, the exact head does the next [`PAUSE`] positions without another try.
 const PATIENCE: u64 = 3;
 const PAUSE: u64 = 61;
+/// Positions bounded together: the four-bit copy is read once for them. Their bounds take 8 bytes for each of their logits.
+const TOGETHER: usize = 8;
 
 /// A shortlist and what it did.
 #[derive(Debug)]
@@ -245,40 +247,47 @@ impl Head {
         Some((total / tokens) as usize)
     }
 
-    /// What `need` asks for of each row of `hidden`, `[out.len(), hidden_size]`, into `out`. Returns the rows for which the exact
+    /// What `needs` ask for of each row of `hidden`, `[out.len(), hidden_size]`, into `out`. Returns the rows for which the exact
     /// head is to be asked.
     pub(crate) fn candidates(
         &self,
         model: &Model<CpuMatrix, Vec<f32>>,
-        kernels: &Kernels,
-        pool: &Pool,
+        (kernels, pool): (&Kernels, &Pool),
         hidden: &[f32],
-        need: &LogitsNeed,
+        needs: &[&LogitsNeed],
         work: &mut HeadWork,
         out: &mut [Candidates],
     ) -> Vec<usize> {
-        let all = (0..out.len()).collect();
-        let (Some(listed), Some(matrix)) = (&self.0, plain_matrix(model)) else { return all };
-        if *need == LogitsNeed::All || !listed.worth_trying(out.len()) {
-            listed.exact.fetch_add(out.len() as u64, Relaxed);
-            return all;
-        }
-        listed.list.bounds(kernels, hidden, out.len(), &mut work.bounds, pool);
+        let (Some(listed), Some(matrix)) = (&self.0, plain_matrix(model)) else {
+            return (0..out.len()).collect();
+        };
         let width = matrix.cols();
         let mut exact = Vec::new();
-        for (t, out) in out.iter_mut().enumerate() {
-            let x = &hidden[t * width..(t + 1) * width];
-            match listed.select(matrix, kernels, pool, x, t, need, work) {
-                Some(rows) => {
-                    out.set(&work.found);
-                    listed.failing.store(0, Relaxed);
-                    listed.shortlisted.fetch_add(1, Relaxed);
-                    listed.rows.fetch_add(rows as u64, Relaxed);
-                }
-                None => {
-                    listed.failing.fetch_add(1, Relaxed);
-                    listed.fallbacks.fetch_add(1, Relaxed);
-                    exact.push(t);
+        for first in (0..out.len()).step_by(TOGETHER) {
+            let rows = first..out.len().min(first + TOGETHER);
+            if needs[rows.clone()].iter().all(|need| **need == LogitsNeed::All)
+                || !listed.worth_trying(rows.len())
+            {
+                listed.exact.fetch_add(rows.len() as u64, Relaxed);
+                exact.extend(rows);
+                continue;
+            }
+            let x = &hidden[rows.start * width..rows.end * width];
+            listed.list.bounds(kernels, x, rows.len(), &mut work.bounds, pool);
+            for (t, row) in rows.enumerate() {
+                let x = &x[t * width..(t + 1) * width];
+                match listed.select((matrix, x, t), (kernels, pool), needs[row], work) {
+                    Some(rows) => {
+                        out[row].set(&work.found);
+                        listed.failing.store(0, Relaxed);
+                        listed.shortlisted.fetch_add(1, Relaxed);
+                        listed.rows.fetch_add(rows as u64, Relaxed);
+                    }
+                    None => {
+                        listed.failing.fetch_add(1, Relaxed);
+                        listed.fallbacks.fetch_add(1, Relaxed);
+                        exact.push(row);
+                    }
                 }
             }
         }
@@ -332,11 +341,8 @@ impl Listed {
     /// were computed; `None` if the exact head is the better way.
     fn select(
         &self,
-        matrix: &DenseMatrix,
-        kernels: &Kernels,
-        pool: &Pool,
-        x: &[f32],
-        t: usize,
+        (matrix, x, t): (&DenseMatrix, &[f32], usize),
+        (kernels, pool): (&Kernels, &Pool),
         need: &LogitsNeed,
         work: &mut HeadWork,
     ) -> Option<usize> {

@@ -7,6 +7,7 @@ use setun::config::ActivationType;
 use setun::config::ModelConfig;
 use setun::engine::{Engine, PREFILL_BATCH};
 use setun::error::ModelError;
+use setun::head::LogitsNeed;
 use setun::kv_cache::KvType;
 use setun_kernels::peak;
 

@@ -4,7 +4,7 @@
 
 use core::arch::x86_64::*;
 
-use super::{ROWS, Sums, TILE_BYTES, TILE_COLS};
+use super::{ROWS, STEP_BYTES, Sums, TILE_BYTES, TILE_COLS};
 
 /// Tiles whose sums fit in 16 bits.
 const TILES_IN_16_BITS: usize = 4;
@@ -14,10 +14,22 @@ const VECTORS: usize = 2;
 const NEAR: usize = 2 << 10;
 const FAR: usize = 32 << 10;
 
+/// Asks for what comes soon after `from`, and for what comes later. Never faults, wherever that points.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn prefetch(from: *const u8) {
+    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(NEAR).cast());
+    _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(FAR).cast());
+}
+
 /// # Safety
 /// As [`super::Dot`], with AVX2.
 #[target_feature(enable = "avx2")]
 pub(super) unsafe fn dot(tiles: *const u8, count: usize, inputs: &[[*const i8; 2]], sums: &mut Sums) {
+    // The steps before the tiles belong to the stream, though nothing here reads them.
+    for line in 0..STEP_BYTES / 64 {
+        prefetch(tiles.wrapping_sub(STEP_BYTES - line * 64));
+    }
     for (t, (inputs, sums)) in inputs.iter().zip(sums).enumerate() {
         for first in (0..ROWS / 8).step_by(VECTORS) {
             // One line of each tile is read now, and the same line of tiles ahead is wanted soon.
@@ -42,8 +54,7 @@ unsafe fn rows_of(tiles: *const u8, count: usize, inputs: [*const i8; 2], stream
         for tile in first..end {
             let w = tiles.wrapping_add(tile * TILE_BYTES);
             if stream {
-                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(NEAR).cast());
-                _mm_prefetch::<_MM_HINT_T1>(w.wrapping_add(FAR).cast());
+                prefetch(w);
             }
             for v in 0..VECTORS {
                 // SAFETY: a vector of the tile, within what the caller promised.

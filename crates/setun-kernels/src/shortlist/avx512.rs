@@ -2,13 +2,21 @@
 
 use core::arch::x86_64::*;
 
-use super::{Sums, TILE_BYTES, TILE_COLS};
+use super::{STEP_BYTES, Sums, TILE_BYTES, TILE_COLS};
 
 /// Vectors of a tile.
 const VECTORS: usize = 4;
 /// As in the ternary products.
 const NEAR: usize = 2 << 10;
 const FAR: usize = 32 << 10;
+
+/// Asks for what comes soon after `from`, and for what comes later. Never faults, wherever that points.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch(from: *const u8) {
+    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(NEAR).cast());
+    _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(FAR).cast());
+}
 
 /// # Safety
 /// As [`super::Dot`], with AVX-512 F, BW and VNNI.
@@ -31,25 +39,25 @@ pub(super) unsafe fn dot(tiles: *const u8, count: usize, inputs: &[[*const i8; 2
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn many<const T: usize>(tiles: *const u8, count: usize, inputs: [[*const i8; 2]; T], sums: &mut Sums) {
     let low = _mm512_set1_epi8(15);
+    // The steps before the tiles belong to the stream, though nothing here reads them.
+    for line in 0..STEP_BYTES / 64 {
+        prefetch(tiles.wrapping_sub(STEP_BYTES - line * 64));
+    }
     // High and low bytes of every token.
     let mut acc = [[[_mm512_setzero_si512(); VECTORS]; 2]; T];
     for tile in 0..count {
         let w = tiles.wrapping_add(tile * TILE_BYTES);
         for line in 0..VECTORS {
-            // Prefetching never faults, wherever the address points.
-            _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(NEAR + line * 64).cast());
-            _mm_prefetch::<_MM_HINT_T1>(w.wrapping_add(FAR + line * 64).cast());
+            prefetch(w.wrapping_add(line * 64));
         }
-        // SAFETY: one tile, within what the caller promised.
-        let x: [__m512i; VECTORS] =
-            core::array::from_fn(|v| unsafe { _mm512_loadu_si512(w.add(v * 64).cast()) });
-        let codes = [
-            x.map(|x| _mm512_and_si512(x, low)),
-            x.map(|x| _mm512_and_si512(_mm512_srli_epi32::<4>(x), low)),
-        ];
-        for (acc, inputs) in acc.iter_mut().zip(&inputs) {
-            for (acc, input) in acc.iter_mut().zip(inputs) {
-                for (half, codes) in codes.iter().enumerate() {
+        for half in 0..2 {
+            let codes: [__m512i; VECTORS] = core::array::from_fn(|v| {
+                // SAFETY: a vector of the tile, within what the caller promised.
+                let x = unsafe { _mm512_loadu_si512(w.add(v * 64).cast()) };
+                _mm512_and_si512(if half == 0 { x } else { _mm512_srli_epi32::<4>(x) }, low)
+            });
+            for (acc, inputs) in acc.iter_mut().zip(&inputs) {
+                for (acc, input) in acc.iter_mut().zip(inputs) {
                     // SAFETY: four of this tile's eight bytes of inputs.
                     let four =
                         unsafe { input.add(tile * TILE_COLS + half * 4).cast::<i32>().read_unaligned() };
