@@ -75,6 +75,26 @@ fn the_same_model_in_gguf_tells_the_same_text() {
 }
 
 #[test]
+fn guessing_ahead_changes_the_speed_and_never_the_text() {
+    let (model, other) = (small(), golden("bitnet-untied-packed").display().to_string());
+    let run = |more: &[&str]| {
+        json(&[&["run", &model, "-p", PROMPT, "-n", "80", "--temperature", "0", "--json"], more].concat())
+    };
+    let off = run(&["--speculate", "off"]);
+    assert_eq!(off["speculation"]["guesses"], 0);
+    for how in [&["--speculate", "lookup"][..], &["--draft", &model], &[]] {
+        let on = run(how);
+        assert_eq!(on["ids"], off["ids"], "{how:?}");
+        assert!(on["speculation"]["right"].as_u64() > Some(0), "{how:?}: {}", on["speculation"]);
+    }
+    let error = failure(&["run", &model, "-p", PROMPT, "--draft", &other], 1);
+    assert!(error.contains("cannot guess for this model: token") && error.contains("same vocabulary"), "{error}");
+    let hybrid = golden("../bonsai/qwen35-basic/model-pq2_0.gguf").display().to_string();
+    let error = failure(&["run", &hybrid, "-p", "x", "--speculate", "lookup", "--tokenizer", &model], 1);
+    assert!(error.contains("recurrent") && error.contains("--speculate off"), "{error}");
+}
+
+#[test]
 fn same_seed_same_text_on_any_kernel_and_number_of_threads() {
     let run = |more: &[&str]| {
         stdout(&[&["run", &small(), "-p", "It was", "-n", "40", "--seed", "7"], more].concat())

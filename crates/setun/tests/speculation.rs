@@ -153,7 +153,7 @@ fn a_full_context_and_every_limit_end_a_text_where_they_end_the_plain_one() {
 
 #[test]
 fn models_that_cannot_take_guesses_back_are_refused_with_the_reason() {
-    let engine = Engine::open(golden("qwen35-basic"), &EngineOptions::default()).unwrap();
+    let engine = Engine::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/bonsai/qwen35-basic/model-pq2_0.gguf"), &EngineOptions::default()).unwrap();
     let error = Speculator::new(&engine, PromptLookup::new()).unwrap_err().to_string();
     assert!(error.contains("recurrent"), "{error}");
 }
