@@ -99,10 +99,10 @@ pub struct HeadArgs {
 
 /// Loads, saying so while it takes.
 fn loading(file: &Checkpoint, config: ModelConfig, options: &EngineOptions) -> Result<Engine> {
-    let busy = progress::spinner();
-    busy.set_message(format!("loading {}", file.path().display()));
-    let engine = Engine::load(file, config, options);
-    busy.finish_and_clear();
+    let bar = progress::weights(config.parameters() as u64);
+    bar.set_message(format!("loading {}", file.path().display()));
+    let engine = Engine::load_telling(file, config, options, &mut |weights| bar.inc(weights as u64));
+    bar.finish_and_clear();
     Ok(engine?)
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 /// A line that says what is being done, for work whose length is not known.
 pub fn spinner() -> ProgressBar {
@@ -26,5 +26,17 @@ pub fn bytes() -> ProgressBar {
     let bar = ProgressBar::new(0);
     let template = "{wide_bar:.cyan} {bytes}/{total_bytes} {bytes_per_sec}, {msg} [{elapsed} < {eta}]";
     bar.set_style(ProgressStyle::with_template(template).expect("a valid template"));
+    bar
+}
+
+/// A bar of weights that are loaded, with rate and time left.
+pub fn weights(total: u64) -> ProgressBar {
+    let bar = ProgressBar::new(total);
+    let template = "{msg} {wide_bar:.cyan} {percent} % {rate}, [{elapsed} < {eta}]";
+    let rate = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+        let _ = write!(out, "{:.2} G weights/s", state.per_sec() / 1e9);
+    };
+    let style = ProgressStyle::with_template(template).expect("a valid template").with_key("rate", rate);
+    bar.set_style(style);
     bar
 }

@@ -281,7 +281,8 @@ impl RunArgs {
         let file = self.load.open.open(Some(path))?;
         let config = ModelConfig::of(&file)?;
         model::needs_text(&config)?;
-        let own = Tokenizer::of(&file).with_context(|| format!("cannot use {} as a draft", path.display()))?;
+        let own =
+            Tokenizer::of(&file).with_context(|| format!("cannot use {} as a draft", path.display()))?;
         let size = tokenizer.vocab_size().max(own.vocab_size());
         if let Some(id) = (0..size as u32).find(|&id| tokenizer.id_to_token(id) != own.id_to_token(id)) {
             let name = |token: Option<String>| token.map_or("nothing".to_owned(), |t| format!("{t:?}"));

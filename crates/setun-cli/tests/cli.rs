@@ -88,7 +88,10 @@ fn guessing_ahead_changes_the_speed_and_never_the_text() {
         assert!(on["speculation"]["right"].as_u64() > Some(0), "{how:?}: {}", on["speculation"]);
     }
     let error = failure(&["run", &model, "-p", PROMPT, "--draft", &other], 1);
-    assert!(error.contains("cannot guess for this model: token") && error.contains("same vocabulary"), "{error}");
+    assert!(
+        error.contains("cannot guess for this model: token") && error.contains("same vocabulary"),
+        "{error}"
+    );
     let hybrid = golden("../bonsai/qwen35-basic/model-pq2_0.gguf").display().to_string();
     let error = failure(&["run", &hybrid, "-p", "x", "--speculate", "lookup", "--tokenizer", &model], 1);
     assert!(error.contains("recurrent") && error.contains("--speculate off"), "{error}");

@@ -51,6 +51,7 @@ pub struct CpuSource<'a> {
     kernels: &'static Kernels,
     pool: &'a Pool,
     activations: ActivationType,
+    progress: Option<&'a mut dyn FnMut(usize)>,
 }
 
 impl<'a> CpuSource<'a> {
@@ -61,15 +62,15 @@ impl<'a> CpuSource<'a> {
         pool: &'a Pool,
         activations: ActivationType,
     ) -> Self {
-        Self { weights, kernels, pool, activations }
+        Self { weights, kernels, pool, activations, progress: None }
     }
-}
 
-impl Source for CpuSource<'_> {
-    type Matrix = CpuMatrix;
-    type Vector = Vec<f32>;
+    /// The same, telling of every matrix how many weights it had.
+    pub fn telling(self, progress: &'a mut dyn FnMut(usize)) -> Self {
+        Self { progress: Some(progress), ..self }
+    }
 
-    fn matrix(&mut self, name: &str, rows: usize, cols: usize, role: Role) -> Result<CpuMatrix, ModelError> {
+    fn load(&self, name: &str, rows: usize, cols: usize, role: Role) -> Result<CpuMatrix, ModelError> {
         let matrix = match self.weights.matrix(name, rows, cols, role)? {
             Weight::Dense(matrix) => return Ok(CpuMatrix::Dense(matrix)),
             Weight::Ternary(matrix) => matrix,
@@ -84,6 +85,19 @@ impl Source for CpuSource<'_> {
             (ActivationType::Int8, Role::Embedding) => CpuMatrix::Codes(matrix),
             (ActivationType::Int8, _) => CpuMatrix::Ternary(pack(&matrix)),
         })
+    }
+}
+
+impl Source for CpuSource<'_> {
+    type Matrix = CpuMatrix;
+    type Vector = Vec<f32>;
+
+    fn matrix(&mut self, name: &str, rows: usize, cols: usize, role: Role) -> Result<CpuMatrix, ModelError> {
+        let matrix = self.load(name, rows, cols, role)?;
+        if let Some(progress) = &mut self.progress {
+            progress(rows * cols);
+        }
+        Ok(matrix)
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {

@@ -59,8 +59,22 @@ impl Engine {
     /// # Errors
     /// When a tensor is missing, has another shape, cannot be decoded, or is there though `config` has no place for it.
     pub fn load(file: &Checkpoint, config: ModelConfig, options: &EngineOptions) -> Result<Self, ModelError> {
+        Self::load_telling(file, config, options, &mut |_| ())
+    }
+
+    /// [`Engine::load`], which calls `progress` with the number of weights of every matrix that it has read and packed; all together
+    /// they are [`ModelConfig::parameters`] but for norms and the like.
+    ///
+    /// # Errors
+    /// As [`Engine::load`].
+    pub fn load_telling(
+        file: &Checkpoint,
+        config: ModelConfig,
+        options: &EngineOptions,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Self, ModelError> {
         let pool = Pool::new(options.threads.unwrap_or_else(physical_cores_allowed));
-        Self::load_on(Arc::new(pool), file, config, options)
+        Self::load_on(Arc::new(pool), file, config, options, progress)
     }
 
     /// [`Engine::load`] of another model that runs on this one's threads, in turn with it: a draft model.
@@ -73,7 +87,7 @@ impl Engine {
         config: ModelConfig,
         options: &EngineOptions,
     ) -> Result<Self, ModelError> {
-        Self::load_on(Arc::clone(&self.pool), file, config, options)
+        Self::load_on(Arc::clone(&self.pool), file, config, options, &mut |_| ())
     }
 
     fn load_on(
@@ -81,13 +95,14 @@ impl Engine {
         file: &Checkpoint,
         config: ModelConfig,
         options: &EngineOptions,
+        progress: &mut dyn FnMut(usize),
     ) -> Result<Self, ModelError> {
         let kernels = options.kernels.unwrap_or_else(Kernels::best);
         let weights = Weights::new(file, &config);
         weights.check_all_used()?;
         weights.check_scale_convention()?;
         let activations = options.activations.unwrap_or(config.activations());
-        let mut source = CpuSource::new(weights.on(&pool), kernels, &pool, activations);
+        let mut source = CpuSource::new(weights.on(&pool), kernels, &pool, activations).telling(progress);
         let model = Model::build(config.clone(), &mut source)?;
         let head = Head::new(&model, options.head, kernels, &pool);
         Ok(Self { model, kernels, pool, activations, head })

@@ -124,7 +124,9 @@ impl Drafter for DraftModel<'_> {
         let known = self.session.truncate(common.min(history.len() - 1));
         let mut logits = self.session.feed(&history[known..])?;
         for first in std::iter::once(true).chain(std::iter::repeat(false)).take(most) {
-            let Some((id, &best)) = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)) else { break };
+            let Some((id, &best)) = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)) else {
+                break;
+            };
             let sum: f32 = logits.iter().map(|logit| (logit - best).exp()).sum();
             // A model that gives no numbers gives no guesses.
             if !sum.is_finite() || !first && sum.recip() < Self::SURE {
@@ -156,7 +158,14 @@ pub struct Pace {
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { right: [0.35, 0.5, 0.7, 0.8], plain: 0.0, plain_passes: 0, extra: 0.15, lost: 0.0, tokens: 0.0 }
+        Self {
+            right: [0.35, 0.5, 0.7, 0.8],
+            plain: 0.0,
+            plain_passes: 0,
+            extra: 0.15,
+            lost: 0.0,
+            tokens: 0.0,
+        }
     }
 }
 

@@ -11,7 +11,8 @@ use setun::sampler::{Sampler, Sampling};
 use setun::speculate::{DraftModel, Drafter, PromptLookup, Speculated, Speculator};
 use setun::tokenizer::Tokenizer;
 
-const PROMPT: &str = "Dick returned, one after another of the trio took the pan, one after another of the trio";
+const PROMPT: &str =
+    "Dick returned, one after another of the trio took the pan, one after another of the trio";
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/models").join(name)
@@ -44,16 +45,11 @@ impl Fixture {
         let limits = Limits { max_tokens, stop_ids: Vec::new() };
         let extras = Extras { speculator, ..Default::default() };
         let tokenizer = &self.tokenizer;
-        let report = generate_with(
-            &mut session,
-            tokenizer,
-            &self.prompt,
-            &mut sampler,
-            &limits,
-            extras,
-            &mut |_| true,
-        )
-        .unwrap();
+        let report =
+            generate_with(&mut session, tokenizer, &self.prompt, &mut sampler, &limits, extras, &mut |_| {
+                true
+            })
+            .unwrap();
         (report, session.ids().to_vec())
     }
 
@@ -153,7 +149,11 @@ fn a_full_context_and_every_limit_end_a_text_where_they_end_the_plain_one() {
 
 #[test]
 fn models_that_cannot_take_guesses_back_are_refused_with_the_reason() {
-    let engine = Engine::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/bonsai/qwen35-basic/model-pq2_0.gguf"), &EngineOptions::default()).unwrap();
+    let engine = Engine::open(
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/bonsai/qwen35-basic/model-pq2_0.gguf"),
+        &EngineOptions::default(),
+    )
+    .unwrap();
     let error = Speculator::new(&engine, PromptLookup::new()).unwrap_err().to_string();
     assert!(error.contains("recurrent"), "{error}");
 }
