@@ -87,7 +87,7 @@ fn rounds_per_second(pool: &Pool, work: &(dyn Fn(usize) + Sync)) -> f64 {
 pub fn int8_peak(kernels: &'static Kernels, pool: &Pool) -> f64 {
     match kernels.products {
         #[cfg(target_arch = "x86_64")]
-        Products::Avx512 => {
+        Products::Avx512Vbmi | Products::Avx512 => {
             // SAFETY: a `Kernels` exists only when its instruction set was found.
             let work = |n| unsafe { x86::vnni(n) };
             rounds_per_second(pool, &work) * (x86::ACCUMULATORS * 64) as f64
