@@ -52,10 +52,21 @@ const MAX_COLUMNS: usize = 1 << 18;
 /// `(tiles, count of tiles, activations of each token, sums)`.
 type Dot = unsafe fn(*const u8, usize, &[*const i8], &mut Sums);
 
-/// `((weights, blocks), activations of each token, their sums by block, scales, y)`: for all blocks `b` in
-/// order, `y[t][row] = fma(Σ code · activation - sum[b], scale[b][row], y[t][row])`.
-type BlockDot =
-    unsafe fn((*const u8, &[Span]), &[*const i8], &[&[i32]], BlockScales, &mut [[f32; MAX_ROWS]; MAX_TOKENS]);
+/// `(codes, words of a panel from the row's first on)`, to the number of tiles packed.
+type PackRow = unsafe fn(&[u8], &mut [[u8; 4]]) -> usize;
+
+/// `(blocks, activations of each token, their sums by block, y)`: for all blocks `b` in order,
+/// `y[t][row] = fma(Σ code · activation - sum[b], scale[b][row], y[t][row])`.
+type BlockDot = unsafe fn(&Blocks, &[*const i8], &[&[i32]], &mut [[f32; MAX_ROWS]; MAX_TOKENS]);
+
+/// All scale blocks of a panel.
+struct Blocks<'a> {
+    /// Tiles, or units of unpacked columns, from number 0 on.
+    weights: *const u8,
+    spans: &'a [Span],
+    /// `[block][row]`
+    scales: BlockScales<'a>,
+}
 
 /// The vector kernels of one instruction set. All take valid pointers as documented and need the
 /// instruction set: whoever calls them holds a [`Kernels`] of it.
@@ -66,6 +77,9 @@ pub(crate) struct TileKernels {
     tile_cols: usize,
     /// Columns that `unpacked` counts in, 4 or 16. Scale blocks are padded to whole units.
     unit: usize,
+    /// Packs the first tiles of a row, as many as it takes, from its codes without gaps, to every `rows`-th
+    /// word from the first on. `None`: by plain code.
+    pack_row: Option<PackRow>,
     /// `sums[t][row] = Σ code · activation` for 1 to `direct_tokens` tokens, from packed tiles.
     direct: Dot,
     direct_tokens: usize,
@@ -239,7 +253,7 @@ impl PackedMatrix {
         let panel_bytes = columns.tiles() * k.rows * 4;
         if panel_bytes > 0 {
             pool.run_chunks_mut(&mut self.bytes, panel_bytes, |panel, tiles| {
-                pack_tiles::pack_panel(matrix, columns, panel * k.rows, k.rows, tiles);
+                pack_tiles::pack_panel(matrix, columns, panel * k.rows, k, tiles);
             });
         }
         self.block_scales = PanelScales::pack(matrix, columns, k.rows, pool);

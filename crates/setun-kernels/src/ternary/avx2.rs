@@ -11,6 +11,7 @@ pub(super) static KERNELS: TileKernels = TileKernels {
     rows: 32,
     tile_cols: TILE_COLS,
     unit: TILE_COLS,
+    pack_row: None,
     direct,
     direct_tokens: 2,
     direct_limit: 8,

@@ -9,16 +9,16 @@
 
 use core::arch::x86_64::*;
 
-use super::columns::Span;
-use super::{BlockScales, Factor, MAX_ROWS, MAX_TOKENS, Sums, TILE_COLS, TileKernels};
+use super::{BlockScales, Blocks, Factor, MAX_ROWS, MAX_TOKENS, Sums, TILE_COLS, TileKernels};
 
 pub(super) static KERNELS: TileKernels = TileKernels {
     rows: MAX_ROWS,
     tile_cols: TILE_COLS,
     unit: UNIT,
+    pack_row: None,
     direct,
     direct_tokens: 6,
-    direct_limit: 8,
+    direct_limit: 32,
     unpack,
     unpacked,
     unpacked_tokens: 6,
@@ -35,8 +35,10 @@ const TILE_BYTES: usize = VECTORS * 64;
 pub(super) const UNIT: usize = 4;
 /// Bytes ahead of the current tile that are fetched into the first- and second-level cache. The
 /// arithmetic fills the reorder window, so hardware prefetching alone leaves half the bandwidth unused.
-const NEAR: usize = 2 << 10;
-const FAR: usize = 32 << 10;
+const NEAR: usize = 4 << 10;
+const FAR: usize = 8 << 10;
+/// Scales ahead of the current block's that are fetched: those of some 8 blocks.
+const SCALES_AHEAD: usize = 8 * MAX_ROWS;
 
 /// Sums of a panel for `T` tokens.
 type Panel<const T: usize> = [[__m512i; VECTORS]; T];
@@ -143,27 +145,36 @@ unsafe fn packed_one<const F: usize>(
 ) -> [__m512i; VECTORS] {
     // SAFETY: tiles of weights and of activations, within what the caller promised.
     unsafe {
-        let masks = [3, 12, 48, -64i8, -64].map(|mask| _mm512_set1_epi8(mask));
-        let mut acc = [[_mm512_setzero_si512(); F]; VECTORS];
+        let masks = [3, 12, 48, -64].map(|mask| _mm512_set1_epi8(mask));
+        let mut acc = [[_mm512_setzero_si512(); 4]; VECTORS];
         for tile in 0..tiles {
             let w = weights.add(tile * TILE_BYTES);
             prefetch(w);
             let a = acts.add(tile * F * UNIT);
             for (v, acc) in acc.iter_mut().enumerate() {
                 let x = _mm512_loadu_si512(w.add(v * 64).cast());
-                let (low, high) = (trits.low(x), trits.high(x));
+                let low = trits.low(x);
                 for (f, acc) in acc.iter_mut().enumerate() {
-                    let codes = _mm512_and_si512(if f < 4 { low } else { high }, masks[f]);
-                    *acc = _mm512_dpbusd_epi32(*acc, codes, broadcast(a.add(f * UNIT)));
+                    *acc = _mm512_dpbusd_epi32(
+                        *acc,
+                        _mm512_and_si512(low, masks[f]),
+                        broadcast(a.add(f * UNIT)),
+                    );
+                }
+                if F == 5 {
+                    // It stands where field 3 does, and counts as much.
+                    let high = _mm512_and_si512(trits.high(x), masks[3]);
+                    acc[3] = _mm512_dpbusd_epi32(acc[3], high, broadcast(a.add(4 * UNIT)));
                 }
             }
         }
         let mut sums = [_mm512_setzero_si512(); VECTORS];
-        for (sum, acc) in sums.iter_mut().zip(&acc) {
-            let top = if F == 5 { _mm512_add_epi32(acc[3], acc[F - 1]) } else { acc[3] };
-            let low = _mm512_add_epi32(acc[0], _mm512_srai_epi32::<2>(acc[1]));
-            let high = _mm512_add_epi32(_mm512_srai_epi32::<4>(acc[2]), _mm512_srai_epi32::<6>(top));
-            *sum = _mm512_add_epi32(low, high);
+        for (sum, [f0, f1, f2, f3]) in sums.iter_mut().zip(acc) {
+            let low = _mm512_add_epi32(f0, _mm512_srai_epi32::<2>(f1));
+            *sum = _mm512_add_epi32(
+                low,
+                _mm512_add_epi32(_mm512_srai_epi32::<4>(f2), _mm512_srai_epi32::<6>(f3)),
+            );
         }
         sums
     }
@@ -250,36 +261,77 @@ fn store<const T: usize>(panel: Panel<T>, sums: &mut Sums) {
     }
 }
 
-/// `y[t][row] = fma(sum - correction, scale, y)` for the scales of block `b`.
+/// `y[t][row] = fma(sum - block sum, scale, y)` for block `b`.
+///
+/// # Safety
+/// There are `T` block sums and rows of `y`, and the CPU has AVX-512.
 #[inline(always)]
-fn fold_block<const T: usize>(
+unsafe fn fold_block<const T: usize>(
     panel: Panel<T>,
     b: usize,
-    block_sums: &[&[i32]; T],
+    block_sums: &[*const i32; T],
     scales: BlockScales,
-    y: &mut [[f32; MAX_ROWS]; MAX_TOKENS],
+    y: *mut f32,
 ) {
-    // SAFETY: loads and stores are of arrays of 16; the caller has AVX-512.
+    // SAFETY: the caller's promise; 64 rows have scales in every block.
     unsafe {
+        // Behind an opaque pointer, or sums would be moved between registers and stack around every block.
+        let y = core::hint::black_box(y);
         let mut scale = [_mm512_setzero_ps(); VECTORS];
-        match scales.rows(b * MAX_ROWS, MAX_ROWS) {
+        match scales {
             BlockScales::F32(from) => {
-                for (scale, from) in scale.iter_mut().zip(from.as_chunks::<16>().0) {
-                    *scale = _mm512_loadu_ps(from.as_ptr());
+                let from = from.as_ptr().add(b * MAX_ROWS);
+                for (v, scale) in scale.iter_mut().enumerate() {
+                    *scale = _mm512_loadu_ps(from.add(v * 16));
                 }
             }
             BlockScales::F16(from) => {
-                for (scale, from) in scale.iter_mut().zip(from.as_chunks::<16>().0) {
-                    *scale = _mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast()));
+                let from = from.as_ptr().add(b * MAX_ROWS);
+                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(SCALES_AHEAD).cast());
+                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(SCALES_AHEAD + 32).cast());
+                for (v, scale) in scale.iter_mut().enumerate() {
+                    *scale = _mm512_cvtph_ps(_mm256_loadu_si256(from.add(v * 16).cast()));
                 }
             }
         }
-        for ((panel, y), sums) in panel.iter().zip(y).zip(block_sums) {
-            let correction = _mm512_set1_epi32(sums[b]);
-            for ((sum, y), scale) in panel.iter().zip(y.as_chunks_mut::<16>().0).zip(scale) {
-                let sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(*sum, correction));
-                _mm512_storeu_ps(y.as_mut_ptr(), _mm512_fmadd_ps(sum, scale, _mm512_loadu_ps(y.as_ptr())));
+        for t in 0..T {
+            let correction = _mm512_set1_epi32(*block_sums[t].add(b));
+            for v in 0..VECTORS {
+                let y = y.add(t * MAX_ROWS + v * 16);
+                let sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(panel[t][v], correction));
+                _mm512_storeu_ps(y, _mm512_fmadd_ps(sum, scale[v], _mm512_loadu_ps(y)));
             }
+        }
+    }
+}
+
+/// Folds all blocks, whose sums `dot` gives.
+///
+/// # Safety
+/// As [`TileKernels::direct_blocks`], for `T` tokens.
+#[inline(always)]
+unsafe fn fold_blocks<const T: usize>(
+    blocks: &Blocks,
+    acts: [*const i8; T],
+    block_sums: &[&[i32]],
+    y: &mut [[f32; MAX_ROWS]; MAX_TOKENS],
+    dot: impl Fn(*const u8, usize, [*const i8; T]) -> Panel<T>,
+) {
+    let mut sums = [core::ptr::null(); T];
+    for (to, from) in sums.iter_mut().zip(block_sums) {
+        *to = from[..blocks.spans.len()].as_ptr();
+    }
+    assert!(block_sums.len() >= T, "block sums of every token");
+    let y = y.as_mut_ptr().cast::<f32>();
+    for (b, span) in blocks.spans.iter().enumerate() {
+        // SAFETY: the caller's promise: spans lie within the weights and the activations.
+        unsafe {
+            let weights = blocks.weights.add(span.first * TILE_BYTES);
+            let mut at = acts;
+            for a in &mut at {
+                *a = a.add(span.acts);
+            }
+            fold_block(dot(weights, span.count, at), b, &sums, blocks.scales, y);
         }
     }
 }
@@ -340,21 +392,15 @@ pub(super) unsafe fn direct_body<const F: usize>(
 #[inline(always)]
 pub(super) unsafe fn direct_blocks_body<const F: usize>(
     trits: impl Trits<F>,
-    (weights, spans): (*const u8, &[Span]),
+    blocks: &Blocks,
     acts: &[*const i8],
     block_sums: &[&[i32]],
-    scales: BlockScales,
     y: &mut [[f32; MAX_ROWS]; MAX_TOKENS],
 ) {
     for_each_count!(acts, a => {
-        let block_sums = block_sums.first_chunk().expect("block sums of every token");
-        for (b, span) in spans.iter().enumerate() {
-            // SAFETY: the caller's promise: spans lie within the weights and the activations.
-            unsafe {
-                let sums = packed_sums(trits, weights.add(span.first * TILE_BYTES), span.count, a.map(|a| a.add(span.acts)));
-                fold_block(sums, b, block_sums, scales, y);
-            }
-        }
+        // SAFETY (both): the caller's promise.
+        let dot = |weights, tiles, a| unsafe { packed_sums(trits, weights, tiles, a) };
+        unsafe { fold_blocks(blocks, a, block_sums, y, dot) }
     })
 }
 
@@ -402,14 +448,13 @@ unsafe fn direct(weights: *const u8, tiles: usize, acts: &[*const i8], sums: &mu
 /// As [`TileKernels::direct_blocks`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn direct_blocks(
-    weights: (*const u8, &[Span]),
+    blocks: &Blocks,
     acts: &[*const i8],
     block_sums: &[&[i32]],
-    scales: BlockScales,
     y: &mut [[f32; MAX_ROWS]; MAX_TOKENS],
 ) {
     // SAFETY: the caller's promise.
-    unsafe { direct_blocks_body(TwoBits, weights, acts, block_sums, scales, y) }
+    unsafe { direct_blocks_body(TwoBits, blocks, acts, block_sums, y) }
 }
 
 /// # Safety
@@ -432,21 +477,15 @@ pub(super) unsafe fn unpacked(panel: *const u8, units: usize, acts: &[*const i8]
 /// As [`TileKernels::unpacked_blocks`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) unsafe fn unpacked_blocks(
-    (panel, spans): (*const u8, &[Span]),
+    blocks: &Blocks,
     acts: &[*const i8],
     block_sums: &[&[i32]],
-    scales: BlockScales,
     y: &mut [[f32; MAX_ROWS]; MAX_TOKENS],
 ) {
     for_each_count!(acts, a => {
-        let block_sums = block_sums.first_chunk().expect("block sums of every token");
-        for (b, span) in spans.iter().enumerate() {
-            // SAFETY: the caller's promise: spans lie within the weights and the activations.
-            unsafe {
-                let sums = unpacked_sums(panel.add(span.first * TILE_BYTES), span.count, a.map(|a| a.add(span.acts)));
-                fold_block(sums, b, block_sums, scales, y);
-            }
-        }
+        // SAFETY (both): the caller's promise.
+        let dot = |weights, units, a| unsafe { unpacked_sums(weights, units, a) };
+        unsafe { fold_blocks(blocks, a, block_sums, y, dot) }
     })
 }
 

@@ -2,11 +2,12 @@
 
 use alloc::vec::Vec;
 use core::ops::Range;
+use core::sync::atomic::{AtomicUsize, Ordering};
 
 use super::columns::Span;
 use super::{
-    BlockDot, Dot, Factor, MAX_COLUMNS, MAX_ROWS, MAX_TOKENS, PackedMatrix, Sums, TileKernels, scalar,
-    tile_kernels,
+    BlockDot, Blocks, Dot, Factor, MAX_COLUMNS, MAX_ROWS, MAX_TOKENS, PackedMatrix, Sums, TileKernels,
+    scalar, tile_kernels,
 };
 use crate::buffer::Buffer;
 use crate::kernels::{Isa, Kernels};
@@ -16,6 +17,8 @@ use crate::threads::{Pool, SharedMut};
 
 /// Rows that the scalar kernel treats as a panel.
 const SCALAR_ROWS: usize = 16;
+/// Most tokens of a chunk: the rows of sums stay in the second-level cache.
+const MOST_TOKENS: usize = 512;
 /// Activations that take longer to prepare than a fork.
 const WORTH_A_FORK: usize = 1 << 15;
 
@@ -54,7 +57,10 @@ impl Plan {
         let (direct, rows) = match tile_kernels(matrix.kernels.products) {
             None => (true, Rows::Given),
             Some(k) => {
-                let direct = acts.tokens() <= k.direct_limit;
+                // Shared tiles are multiplied twice.
+                let limit =
+                    if by_block && !columns.blocks_own_tiles() { k.direct_limit / 2 } else { k.direct_limit };
+                let direct = acts.tokens() <= limit;
                 let rows = match (direct && by_block && !columns.blocks_own_tiles(), columns.contiguous()) {
                     (true, _) => Rows::Own,
                     (false, true) => Rows::Given,
@@ -147,10 +153,8 @@ pub(super) struct Job<'a> {
     plan: Plan,
     out: Out,
     panels: usize,
-    /// Panels and tokens of a chunk, and how many chunks there are for the same tokens.
-    chunk_panels: usize,
+    /// A chunk is this many tokens of one panel; chunks of the same tokens follow one another.
     chunk_tokens: usize,
-    chunks_across: usize,
     pub(super) chunks: usize,
 }
 
@@ -167,31 +171,16 @@ impl<'a> Job<'a> {
         let kernels = tile_kernels(matrix.kernels.products);
         let tokens = acts.tokens();
         let panels = matrix.rows.div_ceil(kernels.map_or(SCALAR_ROWS, |k| k.rows));
-        let (chunk_panels, chunk_tokens) = if plan.direct {
-            // Neighbouring panels stay together: prefetching runs ahead from one into the next.
-            let pieces = if threads == 1 { 1 } else { threads * 8 };
-            (panels.div_ceil(pieces).clamp(1, 8), tokens.max(1))
+        let chunk_tokens = if plan.direct {
+            tokens.max(1)
         } else {
             // A panel is unpacked once for each chunk, which a few dozen tokens pay for.
             let pieces = if threads == 1 { 1 } else { (threads * 4).div_ceil(panels.max(1)) };
-            (1, tokens.div_ceil(pieces).max(48).next_multiple_of(MAX_TOKENS))
+            tokens.div_ceil(pieces).clamp(48, MOST_TOKENS).next_multiple_of(MAX_TOKENS)
         };
-        let chunks_across = panels.div_ceil(chunk_panels);
-        let chunks = chunks_across * tokens.div_ceil(chunk_tokens);
+        let chunks = panels * tokens.div_ceil(chunk_tokens);
         let prepared = prepared.iter().find(|p| p.plan == plan);
-        Self {
-            matrix,
-            kernels,
-            acts,
-            prepared,
-            plan,
-            out,
-            panels,
-            chunk_panels,
-            chunk_tokens,
-            chunks_across,
-            chunks,
-        }
+        Self { matrix, kernels, acts, prepared, plan, out, panels, chunk_tokens, chunks }
     }
 
     /// The activations of token `t` in the order of positions.
@@ -203,16 +192,12 @@ impl<'a> Job<'a> {
     }
 
     fn run_chunk(&self, chunk: usize) {
-        let first_panel = chunk % self.chunks_across * self.chunk_panels;
-        let first_token = chunk / self.chunks_across * self.chunk_tokens;
-        let tokens = first_token..self.acts.tokens().min(first_token + self.chunk_tokens);
-        let zero = [[0; MAX_ROWS]; MAX_TOKENS];
-        let mut work = Work { total: zero, part: zero, folded: [[0.0; MAX_ROWS]; MAX_TOKENS] };
-        for panel in first_panel..self.panels.min(first_panel + self.chunk_panels) {
-            match self.kernels {
-                Some(k) => self.run_panel(k, &mut work, panel, tokens.clone()),
-                None => self.run_scalar(panel, tokens.clone()),
-            }
+        let panel = chunk % self.panels;
+        let first = chunk / self.panels * self.chunk_tokens;
+        let tokens = first..self.acts.tokens().min(first + self.chunk_tokens);
+        match self.kernels {
+            Some(k) => self.run_panel(k, panel, tokens),
+            None => self.run_scalar(panel, tokens),
         }
     }
 
@@ -240,11 +225,10 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn run_panel(&self, k: &TileKernels, work: &mut Work, panel: usize, tokens: Range<usize>) {
+    fn run_panel(&self, k: &TileKernels, panel: usize, tokens: Range<usize>) {
         let m = self.matrix;
         let columns = m.columns;
-        let tile_bytes = k.rows * 4;
-        let tiles = columns.tiles();
+        let (tiles, tile_bytes) = (columns.tiles(), k.rows * 4);
         let packed = &m.bytes[panel * tiles * tile_bytes..][..tiles * tile_bytes];
         if self.plan.direct {
             let whole = Span { first: 0, count: tiles, acts: 0 };
@@ -258,7 +242,7 @@ impl<'a> Job<'a> {
             };
             for group in even_groups(tokens, k.direct_tokens) {
                 // SAFETY: `packed` is `tiles` tiles, and `k` belongs to the matrix's kernel set.
-                unsafe { self.run_group(k, &weights, work, panel, group) };
+                unsafe { self.run_group(k, &weights, panel, group) };
             }
         } else {
             with_scratch(k.rows * columns.tile * tiles, |bytes| {
@@ -275,7 +259,7 @@ impl<'a> Job<'a> {
                 };
                 for group in even_groups(tokens, k.unpacked_tokens) {
                     // SAFETY: `bytes` holds the unpacked positions; `k` as above.
-                    unsafe { self.run_group(k, &weights, work, panel, group) };
+                    unsafe { self.run_group(k, &weights, panel, group) };
                 }
             });
         }
@@ -285,89 +269,107 @@ impl<'a> Job<'a> {
     ///
     /// # Safety
     /// `weights` holds the panel as its `dot` reads it; the CPU has the instructions of `k`.
-    unsafe fn run_group(
-        &self,
-        k: &TileKernels,
-        weights: &Weights,
-        work: &mut Work,
-        panel: usize,
-        tokens: Range<usize>,
-    ) {
-        let m = self.matrix;
-        let count = tokens.len();
+    unsafe fn run_group(&self, k: &TileKernels, weights: &Weights, panel: usize, tokens: Range<usize>) {
         let mut rows = [core::ptr::null::<i8>(); MAX_TOKENS];
         for (row, t) in rows.iter_mut().zip(tokens.clone()) {
             *row = self.act_row(t).as_ptr();
         }
-        let rows = &rows[..count];
-        let blocks = m.columns.blocks();
-        let first = panel * k.rows;
-        let valid = k.rows.min(m.rows - first);
+        let rows = &rows[..tokens.len()];
         if self.plan.by_block {
-            work.folded[..count].fill([0.0; MAX_ROWS]);
-            let block_sums = self.prepared.map_or(&[][..], |p| &p.sums);
-            let mut corrections = [&[][..]; MAX_TOKENS];
-            for (c, t) in corrections.iter_mut().zip(tokens.clone()) {
-                *c = &block_sums[t * blocks..][..blocks];
+            let mut y = [[0.0; MAX_ROWS]; MAX_TOKENS];
+            // SAFETY: the caller's promise.
+            unsafe { self.fold_blocks(k, weights, panel, tokens.clone(), rows, &mut y) };
+            for (y, t) in y.iter().zip(tokens) {
+                let Out::F32(out) = self.out else { unreachable!("scales are applied for floats only") };
+                let inverse = self.acts.inverse(t);
+                // SAFETY: these rows of token `t` belong to this chunk alone.
+                let out = unsafe { self.out_rows(out, k, panel, t) };
+                out.iter_mut().zip(y).for_each(|(out, y)| *out = y * inverse);
             }
-            let scales = m.block_scales.rows(panel * blocks * k.rows, blocks * k.rows);
-            match weights.fused {
-                // SAFETY: weights, spans and rows belong together; the rest is the caller's promise.
-                Some(fused) if m.columns.block <= MAX_COLUMNS => unsafe {
-                    let weights = (weights.bytes.as_ptr(), weights.spans);
-                    fused(weights, rows, &corrections[..count], scales, &mut work.folded);
-                },
-                _ => {
-                    for (b, span) in weights.spans.iter().enumerate() {
-                        // SAFETY: as above.
-                        unsafe { weights.sum(*span, rows, k.rows, work) };
-                        let scales = scales.rows(b * k.rows, k.rows);
-                        for i in 0..count {
-                            // SAFETY: the caller vouches for the instruction set.
-                            unsafe {
-                                (k.fold)(&work.total[i], corrections[i][b], scales, &mut work.folded[i])
-                            };
-                        }
-                    }
-                }
-            }
-        } else if let [span] = weights.spans {
-            // SAFETY: as above.
-            unsafe { weights.sum(*span, rows, k.rows, work) };
+            return;
         }
-        for (i, t) in tokens.enumerate() {
-            let at = t * m.rows + first;
+        let mut sums = [[0; MAX_ROWS]; MAX_TOKENS];
+        if let [span] = weights.spans {
+            // SAFETY: the caller's promise.
+            unsafe { weights.sum(*span, rows, &mut sums) };
+        }
+        for (sums, t) in sums.iter().zip(tokens) {
             let (inverse, correction) = (self.acts.inverse(t), self.acts.sum(t));
-            let total = &work.total[i][..valid];
-            let out = match self.out {
+            match self.out {
                 Out::I32(out) => {
-                    // SAFETY: these rows of token `t` belong to this chunk alone.
-                    let out = unsafe { core::slice::from_raw_parts_mut(out.as_ptr().add(at), valid) };
-                    for (y, sum) in out.iter_mut().zip(total) {
-                        *y = sum.wrapping_sub(correction);
-                    }
-                    continue;
+                    // SAFETY: as above.
+                    let out = unsafe { self.out_rows(out, k, panel, t) };
+                    out.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum.wrapping_sub(correction));
                 }
-                // SAFETY: as above.
-                Out::F32(out) => unsafe { core::slice::from_raw_parts_mut(out.as_ptr().add(at), valid) },
-            };
-            let factor = match &m.scales {
-                Scales::Tensor(scale) => Factor::Tensor(scale * inverse),
-                Scales::Row(scales) => Factor::Row(&scales[first..first + valid], inverse),
-                Scales::Block { .. } => {
-                    for (y, folded) in out.iter_mut().zip(&work.folded[i]) {
-                        *y = folded * inverse;
-                    }
-                    continue;
+                Out::F32(out) => {
+                    // SAFETY: as above.
+                    let out = unsafe { self.out_rows(out, k, panel, t) };
+                    let factor = match &self.matrix.scales {
+                        Scales::Row(scales) => Factor::Row(&scales[panel * k.rows..][..out.len()], inverse),
+                        scales => Factor::Tensor(scales.at(0, 0, self.acts.cols()) * inverse),
+                    };
+                    // SAFETY: the caller vouches for the instruction set.
+                    unsafe { (k.finish)(sums, correction, factor, out) };
                 }
-            };
-            // SAFETY: the caller vouches for the instruction set.
-            unsafe { (k.finish)(total, correction, factor, out) };
+            }
+        }
+    }
+
+    /// The products of all scale blocks, scaled.
+    ///
+    /// # Safety
+    /// As [`Job::run_group`].
+    unsafe fn fold_blocks(
+        &self,
+        k: &TileKernels,
+        weights: &Weights,
+        panel: usize,
+        tokens: Range<usize>,
+        rows: &[*const i8],
+        y: &mut [[f32; MAX_ROWS]; MAX_TOKENS],
+    ) {
+        let m = self.matrix;
+        let count = m.columns.blocks();
+        let scales = m.block_scales.rows(panel * count * k.rows, count * k.rows);
+        let all_sums = self.prepared.map_or(&[][..], |p| &p.sums);
+        let mut block_sums = [&[][..]; MAX_TOKENS];
+        for (sums, t) in block_sums.iter_mut().zip(tokens) {
+            *sums = &all_sums[t * count..][..count];
+        }
+        let block_sums = &block_sums[..rows.len()];
+        if let Some(fused) = weights.fused
+            && m.columns.block <= MAX_COLUMNS
+        {
+            let blocks = Blocks { weights: weights.bytes.as_ptr(), spans: weights.spans, scales };
+            // SAFETY: spans, sums and scales are those of all blocks; the rest is the caller's promise.
+            return unsafe { fused(&blocks, rows, block_sums, y) };
+        }
+        for (b, span) in weights.spans.iter().enumerate() {
+            let mut sums = [[0; MAX_ROWS]; MAX_TOKENS];
+            // SAFETY: the caller's promise.
+            unsafe { weights.sum(*span, rows, &mut sums) };
+            for ((y, sums), block_sums) in y.iter_mut().zip(&sums).zip(block_sums) {
+                // SAFETY: the caller vouches for the instruction set.
+                unsafe { (k.fold)(sums, block_sums[b], scales.rows(b * k.rows, k.rows), y) };
+            }
+        }
+    }
+
+    /// The outputs of a panel's rows for token `t`.
+    ///
+    /// # Safety
+    /// `out` is the job's output, and nobody else uses this part of it.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn out_rows<T>(&self, out: SharedMut<T>, k: &TileKernels, panel: usize, t: usize) -> &mut [T] {
+        let (rows, first) = (self.matrix.rows, panel * k.rows);
+        // SAFETY: the output holds `rows` values for each token; the rest is the caller's promise.
+        unsafe {
+            core::slice::from_raw_parts_mut(out.as_ptr().add(t * rows + first), k.rows.min(rows - first))
         }
     }
 }
 
-/// A panel's weights in one of the two forms that kernels read.
+/// Weights of a panel in one of the two forms that kernels read.
 struct Weights<'a> {
     bytes: &'a [u8],
     /// Bytes and columns of a tile, or of a unit of unpacked columns.
@@ -379,43 +381,35 @@ struct Weights<'a> {
 }
 
 impl Weights<'_> {
-    /// The sums of `span` into `work.total`, in pieces that no field overflows in.
+    /// The sums of `span`, taken in pieces that no field overflows in.
     ///
     /// # Safety
     /// The span lies within the weights, and its activations within each of `rows`; the CPU has the
     /// instructions of `dot`.
-    unsafe fn sum(&self, span: Span, rows: &[*const i8], panel_rows: usize, work: &mut Work) {
+    unsafe fn sum(&self, span: Span, rows: &[*const i8], sums: &mut Sums) {
         let most = MAX_COLUMNS / self.step_cols;
-        work.total[..rows.len()].fill([0; MAX_ROWS]);
-        let mut done = 0;
-        while done < span.count {
-            let n = (span.count - done).min(most);
+        for done in (0..span.count).step_by(most) {
             let mut acts = [core::ptr::null(); MAX_TOKENS];
             for (a, row) in acts.iter_mut().zip(rows) {
                 // SAFETY: the caller's promise.
                 *a = unsafe { row.add(span.acts + done * self.step_cols) };
             }
             let from = self.bytes[(span.first + done) * self.step_bytes..].as_ptr();
-            let to = if done == 0 { &mut work.total } else { &mut work.part };
-            // SAFETY: `n` steps of weights and activations start there.
-            unsafe { (self.dot)(from, n, &acts[..rows.len()], to) };
-            if done > 0 {
-                for (total, part) in work.total[..rows.len()].iter_mut().zip(&work.part) {
-                    for (sum, part) in total.iter_mut().zip(part).take(panel_rows) {
-                        *sum = sum.wrapping_add(*part);
-                    }
-                }
+            let dot = |to: &mut Sums| {
+                // SAFETY: so many steps of weights and activations start there.
+                unsafe { (self.dot)(from, most.min(span.count - done), &acts[..rows.len()], to) };
+            };
+            if done == 0 {
+                dot(sums);
+                continue;
             }
-            done += n;
+            let mut part = [[0; MAX_ROWS]; MAX_TOKENS];
+            dot(&mut part);
+            for (sum, part) in sums.as_flattened_mut().iter_mut().zip(part.as_flattened()) {
+                *sum = sum.wrapping_add(*part);
+            }
         }
     }
-}
-
-/// Where the sums of a group of tokens are kept, made once for each chunk.
-struct Work {
-    total: Sums,
-    part: Sums,
-    folded: [[f32; MAX_ROWS]; MAX_TOKENS],
 }
 
 /// Cuts tokens into as few groups of at most `most` as possible, of nearly the same size.
@@ -425,15 +419,38 @@ pub(super) fn even_groups(tokens: Range<usize>, most: usize) -> impl Iterator<It
     (0..groups).map(move |g| at(g)..at(g + 1))
 }
 
+/// Most threads that have a run of chunks of their own; further ones help the others.
+const MOST_RUNS: usize = 64;
+
+/// A counter on a cache line of its own.
+#[repr(align(64))]
+struct Counter(AtomicUsize);
+
 /// Runs all chunks of all jobs as one piece of work.
+///
+/// Every thread claims chunks from a run of its own, one after the other, so that prefetching goes on from
+/// panel to panel; when its run is finished it helps with those of others.
 pub(super) fn run(jobs: &[Job], pool: &Pool) {
     let total: usize = jobs.iter().map(|job| job.chunks).sum();
-    pool.run(total, &|mut chunk| {
-        for job in jobs {
-            if chunk < job.chunks {
-                return job.run_chunk(chunk);
+    let runs = pool.threads().min(MOST_RUNS).min(total);
+    let start = |run: usize| total * run / runs;
+    let next: [Counter; MOST_RUNS] =
+        core::array::from_fn(|run| Counter(AtomicUsize::new(if run < runs { start(run) } else { 0 })));
+    pool.run(runs, &|own| {
+        for run in (own..runs).chain(0..own) {
+            loop {
+                let mut chunk = next[run].0.fetch_add(1, Ordering::Relaxed);
+                if chunk >= start(run + 1) {
+                    break;
+                }
+                for job in jobs {
+                    if chunk < job.chunks {
+                        job.run_chunk(chunk);
+                        break;
+                    }
+                    chunk -= job.chunks;
+                }
             }
-            chunk -= job.chunks;
         }
     });
 }

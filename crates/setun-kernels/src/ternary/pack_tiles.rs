@@ -2,8 +2,8 @@
 
 use alloc::vec::Vec;
 
-use super::TILE_COLS;
 use super::columns::Columns;
+use super::{TILE_COLS, TILE_COLS_5, TileKernels};
 use crate::matrix::TernaryMatrix;
 use crate::pack::ZERO_BYTE;
 
@@ -30,7 +30,7 @@ const fn five(fields: u8, t4: u8) -> u8 {
 /// give codes nevertheless.
 pub(super) const fn fields_of_five(byte: u8) -> (u8, u8) {
     let (i, t4) = if byte < ESCAPE { (byte & 63, byte >> 6) } else { (64 + (byte - ESCAPE) / 3, byte % 3) };
-    (i % 3 | i / 3 % 3 << 2 | i / 9 % 3 << 4 | (i / 27 % 3) << 6, t4)
+    ((i % 3) | ((i / 3 % 3) << 2) | ((i / 9 % 3) << 4) | ((i / 27 % 3) << 6), t4)
 }
 
 /// [`five`] of every `t4 << 8 | fields`.
@@ -48,6 +48,7 @@ static FIVE: [u8; 3 << 8] = {
 };
 
 /// The four bytes of a row in a tile of 16 or 20 codes, which start at the lowest bits.
+#[inline]
 fn word(codes: u64, tile: usize) -> [u8; 4] {
     let first16 = transpose(codes as u32).to_le_bytes();
     if tile == TILE_COLS {
@@ -70,11 +71,6 @@ fn codes_of_word(word: [u8; 4], tile: usize) -> u64 {
 /// The codes at the positions of tile `i`; positions without a column are zero weights.
 fn gather(codes: &[u8], columns: Columns, i: usize) -> u64 {
     let first = i * columns.tile;
-    if columns.contiguous() && first + columns.tile <= columns.cols {
-        let mut bytes = [0; 8];
-        bytes[..columns.tile / 4].copy_from_slice(&codes[first / 4..][..columns.tile / 4]);
-        return u64::from_le_bytes(bytes);
-    }
     let mut all = u64::from_le_bytes([ZERO_BYTE; 8]);
     for at in 0..columns.tile {
         if let Some(c) = columns.column(first + at) {
@@ -85,14 +81,27 @@ fn gather(codes: &[u8], columns: Columns, i: usize) -> u64 {
     all
 }
 
+/// [`word`]s of the leading tiles of `TILE` columns, each from bytes of its own.
+fn pack_row<const TILE: usize>(codes: &[u8], lanes: &mut [[u8; 4]], rows: usize) -> usize {
+    let tiles = codes.chunks_exact(TILE / 4);
+    let count = tiles.len();
+    for (codes, lane) in tiles.zip(lanes.iter_mut().step_by(rows)) {
+        let mut bytes = [0; 8];
+        bytes[..TILE / 4].copy_from_slice(codes);
+        *lane = word(u64::from_le_bytes(bytes), TILE);
+    }
+    count
+}
+
 /// Fills the tiles of the panel that starts at row `first`. Rows below the matrix are zero weights.
 pub(super) fn pack_panel(
     matrix: &TernaryMatrix,
     columns: Columns,
     first: usize,
-    rows: usize,
+    kernels: &TileKernels,
     tiles: &mut [u8],
 ) {
+    let rows = kernels.rows;
     let lanes = tiles.as_chunks_mut::<4>().0;
     let valid = rows.min(matrix.rows() - first);
     if valid < rows {
@@ -100,8 +109,22 @@ pub(super) fn pack_panel(
     }
     for lane in 0..valid {
         let codes = matrix.row_codes(first + lane);
-        for tile in 0..columns.tiles() {
-            lanes[tile * rows + lane] = word(gather(codes, columns, tile), columns.tile);
+        let lanes = &mut lanes[lane..];
+        let done = if columns.contiguous() {
+            let whole = &codes[..columns.cols / columns.tile * columns.tile / 4];
+            // SAFETY: the matrix is packed for a kernel set that the CPU has.
+            let fast = kernels.pack_row.map_or(0, |pack| unsafe { pack(whole, lanes) });
+            let (codes, lanes) =
+                (&whole[fast * columns.tile / 4..], lanes.get_mut(fast * rows..).unwrap_or_default());
+            fast + match columns.tile {
+                TILE_COLS => pack_row::<TILE_COLS>(codes, lanes, rows),
+                _ => pack_row::<TILE_COLS_5>(codes, lanes, rows),
+            }
+        } else {
+            0
+        };
+        for tile in done..columns.tiles() {
+            lanes[tile * rows] = word(gather(codes, columns, tile), columns.tile);
         }
     }
 }
