@@ -14,6 +14,7 @@
 //! kernels give the same bits; see [`PackedMatrix::matmul`].
 
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use half::f16;
 
@@ -127,8 +128,15 @@ enum PanelScales {
 impl PanelScales {
     fn pack(matrix: &TernaryMatrix, columns: Columns, rows: usize, pool: &Pool) -> Self {
         let Scales::Block { values, .. } = matrix.scales() else { return Self::F32(Vec::new()) };
-        let exact = |s: &f32| s.is_finite() && s.to_bits() == f16::from_f32(*s).to_f32().to_bits();
-        if values.iter().all(exact) {
+        let exact = AtomicBool::new(true);
+        let chunks = values.chunks(1 << 16);
+        pool.run(chunks.len(), &|i| {
+            if exact.load(Ordering::Relaxed) && !chunks.clone().nth(i).is_some_and(|c| c.iter().all(is_half))
+            {
+                exact.store(false, Ordering::Relaxed);
+            }
+        });
+        if exact.into_inner() {
             Self::F16(panel_scales(matrix, columns, rows, pool, f16::from_f32))
         } else {
             Self::F32(panel_scales(matrix, columns, rows, pool, |s| s))
@@ -151,6 +159,14 @@ impl PanelScales {
     }
 }
 
+/// Whether a half holds this finite value.
+fn is_half(value: &f32) -> bool {
+    let (bits, exponent) = (value.to_bits(), value.to_bits() >> 23 & 0xff);
+    // Normal halves have exponents from -14 to 15 and ten bits of mantissa.
+    let normal = (127 - 14..=127 + 15).contains(&exponent) && bits & 0x1fff == 0;
+    normal || value.is_finite() && bits == f16::from_f32(*value).to_f32().to_bits()
+}
+
 fn panel_scales<T: Copy + Default + Send>(
     matrix: &TernaryMatrix,
     columns: Columns,
@@ -158,14 +174,15 @@ fn panel_scales<T: Copy + Default + Send>(
     pool: &Pool,
     convert: impl Fn(f32) -> T + Sync,
 ) -> Vec<T> {
-    let panel_len = columns.blocks() * rows;
-    let mut all = alloc::vec![T::default(); matrix.rows().div_ceil(rows) * panel_len];
-    if panel_len > 0 {
-        pool.run_chunks_mut(&mut all, panel_len, |panel, scales| {
-            for (b, scales) in scales.chunks_mut(rows).enumerate() {
-                let col = columns.range(b).start;
-                for (row, scale) in (panel * rows..matrix.rows()).zip(scales) {
-                    *scale = convert(matrix.scales().at(row, col, columns.cols));
+    let Scales::Block { rows: block_rows, values, .. } = matrix.scales() else { return Vec::new() };
+    let blocks = columns.blocks();
+    let mut all = alloc::vec![T::default(); matrix.rows().div_ceil(rows) * rows * blocks];
+    if !all.is_empty() {
+        pool.run_chunks_mut(&mut all, blocks * rows, |panel, scales| {
+            for (i, row) in (panel * rows..matrix.rows()).take(rows).enumerate() {
+                let from = &values[row / block_rows * blocks..][..blocks];
+                for (to, &scale) in scales[i..].iter_mut().step_by(rows).zip(from) {
+                    *to = convert(scale);
                 }
             }
         });

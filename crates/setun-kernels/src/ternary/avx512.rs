@@ -18,7 +18,7 @@ pub(super) static KERNELS: TileKernels = TileKernels {
     pack_row: None,
     direct,
     direct_tokens: 6,
-    direct_limit: 32,
+    direct_limit: 64,
     unpack,
     unpacked,
     unpacked_tokens: 6,

@@ -17,7 +17,7 @@ pub(super) static KERNELS: TileKernels = TileKernels {
     pack_row: Some(pack_row),
     direct,
     direct_tokens: 6,
-    direct_limit: 32,
+    direct_limit: 64,
     unpack,
     unpacked: avx512::unpacked,
     unpacked_tokens: 6,

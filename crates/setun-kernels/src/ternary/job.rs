@@ -59,7 +59,7 @@ impl Plan {
             Some(k) => {
                 // Shared tiles are multiplied twice.
                 let limit =
-                    if by_block && !columns.blocks_own_tiles() { k.direct_limit / 2 } else { k.direct_limit };
+                    if by_block && !columns.blocks_own_tiles() { k.direct_limit / 4 } else { k.direct_limit };
                 let direct = acts.tokens() <= limit;
                 let rows = match (direct && by_block && !columns.blocks_own_tiles(), columns.contiguous()) {
                     (true, _) => Rows::Own,
