@@ -40,7 +40,7 @@ impl Buffer {
             return Self { data: NonNull::dangling(), len, origin: Origin::Empty };
         }
         #[cfg(all(feature = "std", target_os = "linux"))]
-        if len >= HUGE_PAGE
+        if len >= HUGE_PAGE / 2
             && let Some(buffer) = Self::mapped(len)
         {
             return buffer;
@@ -55,7 +55,8 @@ impl Buffer {
     /// Pages straight from the system: they are zero without being touched, so the advice comes first.
     #[cfg(all(feature = "std", target_os = "linux"))]
     fn mapped(len: usize) -> Option<Self> {
-        let size = len.checked_add(HUGE_PAGE)?;
+        let rounded = len.checked_next_multiple_of(HUGE_PAGE)?;
+        let size = rounded.checked_add(HUGE_PAGE)?;
         let access = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: a fresh private mapping; no existing memory is affected.
@@ -67,7 +68,7 @@ impl Buffer {
         // SAFETY: at most HUGE_PAGE - 1 bytes forward, and the mapping is HUGE_PAGE longer than `len`.
         let data = unsafe { start.add(start.align_offset(HUGE_PAGE)) };
         // SAFETY: advice on our own pages; a refusal costs speed only.
-        unsafe { libc::madvise(data.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+        unsafe { libc::madvise(data.as_ptr().cast(), rounded, libc::MADV_HUGEPAGE) };
         Some(Self { data, len, origin: Origin::Mapped(start, size) })
     }
 }

@@ -15,6 +15,9 @@ pub(crate) enum Isa {
 /// and one by one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Products {
+    /// With byte permutations (VBMI): weights at 1.6 bits.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vbmi,
     #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
@@ -31,8 +34,30 @@ pub struct Kernels {
     supported: fn() -> bool,
 }
 
+#[cfg(all(target_arch = "x86_64", feature = "std"))]
+fn avx512() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vnni")
+        && is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+}
+
 // Fastest first; scalar is last and always supported.
 static TABLE: &[Kernels] = &[
+    #[cfg(target_arch = "x86_64")]
+    Kernels {
+        name: "avx512vbmi",
+        isa: Isa::Avx512,
+        products: Products::Avx512Vbmi,
+        #[cfg(not(feature = "std"))]
+        supported: || false,
+        #[cfg(feature = "std")]
+        supported: || avx512() && is_x86_feature_detected!("avx512vbmi"),
+    },
     #[cfg(target_arch = "x86_64")]
     Kernels {
         name: "avx512",
@@ -41,16 +66,7 @@ static TABLE: &[Kernels] = &[
         #[cfg(not(feature = "std"))]
         supported: || false,
         #[cfg(feature = "std")]
-        supported: || {
-            is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vnni")
-                && is_x86_feature_detected!("avx2")
-                && is_x86_feature_detected!("fma")
-                && is_x86_feature_detected!("f16c")
-        },
+        supported: avx512,
     },
     #[cfg(target_arch = "x86_64")]
     Kernels {
@@ -85,7 +101,7 @@ impl Kernels {
         Self::available().find(|k| k.name == name)
     }
 
-    /// `avx512`, `avx2` or `scalar`.
+    /// `avx512vbmi`, `avx512`, `avx2` or `scalar`.
     pub fn name(&self) -> &'static str {
         self.name
     }

@@ -15,8 +15,10 @@ use crate::threads::{Pool, SharedMut};
 const EPS: f32 = 1e-5;
 /// Weights per partial sum of [`absmean_scale`]: fixed, so that threads do not change the result.
 const SUM_CHUNK: usize = 1 << 14;
-/// Activation rows are padded with zeros to this many columns.
+/// Activation rows are padded with zeros to this many columns, and at least to [`LONGEST_TILE`].
 pub(crate) const COLUMN_PAD: usize = 64;
+/// Columns of the longest tile of weights, all of whose activations must be readable.
+const LONGEST_TILE: usize = 20;
 
 /// `Σ |w|` of one chunk, in eight lanes folded in a fixed tree.
 fn abs_sum(chunk: &[f32]) -> f64 {
@@ -257,7 +259,7 @@ impl Activations {
 
     /// Sets the shape; rows keep zeros after their last column.
     fn reshape(&mut self, tokens: usize, cols: usize) {
-        let lines_per_token = cols.div_ceil(COLUMN_PAD);
+        let lines_per_token = cols.next_multiple_of(LONGEST_TILE).div_ceil(COLUMN_PAD);
         if (self.cols, self.lines_per_token) != (cols, lines_per_token) {
             self.lines.clear(); // Other columns may have been written where zeros must be.
         }

@@ -3,7 +3,7 @@
 use setun_kernels::{Activations, Kernels, PackedMatrix, Pool, Scales, TernaryMatrix};
 
 /// Enough tokens that every kernel unpacks its weights first.
-const MANY: usize = 29;
+const MANY: usize = 67;
 
 /// A small deterministic generator: a failure repeats.
 struct Noise(u32);
@@ -134,7 +134,7 @@ fn every_kernel_is_exact_at_every_row_count() {
 
 #[test]
 fn every_kernel_is_exact_for_any_token_and_thread_count() {
-    for tokens in (0..=20).chain([100, 211]) {
+    for tokens in (0..=20).chain([33, 64, 65, 211]) {
         check_random(150, 100, tokens, &Scales::Tensor(0.01), &[1, 2, 3, 4]);
     }
 }
@@ -143,10 +143,41 @@ fn every_kernel_is_exact_for_any_token_and_thread_count() {
 fn every_kind_of_scale_gives_the_defined_bits() {
     for cols in [600, 640, 64, 1] {
         for scales in all_scales(70, cols) {
-            for tokens in [1, 2, 5, MANY] {
+            for tokens in [1, 2, 5, 7, 17, MANY] {
                 check_random(70, cols, tokens, &scales, &[2]);
             }
         }
+    }
+}
+
+#[test]
+fn scales_kept_as_halves_give_the_defined_bits() {
+    // All of these are halves, down to the smallest; one more value that is not makes all of them floats.
+    let halves = [1.0, -0.25, 0.0, -0.0, 65504.0, 6.1e-5f32, 2f32.powi(-24), -3.0 * 2f32.powi(-24)];
+    for last in [0.5, 0.1, 2f32.powi(-25), f32::MAX, f32::INFINITY] {
+        for (cols, block) in [(600usize, 128), (640, 64), (1200, 160)] {
+            let mut values: Vec<f32> =
+                halves.iter().copied().cycle().take(70 * cols.div_ceil(block)).collect();
+            *values.last_mut().unwrap() = last;
+            values[5] = 7.0 * 2f32.powi(-17);
+            let scales = Scales::Block { rows: 1, cols: block, values };
+            for tokens in [1, 4, MANY] {
+                check_random(70, cols, tokens, &scales, &[2]);
+            }
+        }
+    }
+}
+
+#[test]
+fn halves_take_half_the_bytes_of_floats() {
+    let pool = Pool::new(1);
+    for k in Kernels::available().filter(|k| k.name() != "scalar") {
+        let bytes = |value: f32| {
+            let scales = Scales::Block { rows: 1, cols: 128, values: vec![value; 64 * 5] };
+            let matrix = TernaryMatrix::from_trits(64, 640, &vec![1; 64 * 640], scales).unwrap();
+            PackedMatrix::pack(&matrix, k, &pool).bytes()
+        };
+        assert_eq!(bytes(0.1) - bytes(0.5), 64 * 5 * 2, "{}", k.name());
     }
 }
 

@@ -5,16 +5,21 @@
 
 use core::arch::x86_64::*;
 
-use super::{Factor, MAX_ROWS, Sums, TILE_COLS, TileKernels};
+use super::{BlockScales, Factor, MAX_ROWS, Sums, TILE_COLS, TileKernels};
 
 pub(super) static KERNELS: TileKernels = TileKernels {
     rows: 32,
+    tile_cols: TILE_COLS,
+    unit: TILE_COLS,
+    pack_row: None,
     direct,
     direct_tokens: 2,
     direct_limit: 8,
     unpack,
     unpacked,
     unpacked_tokens: 2,
+    direct_blocks: None,
+    unpacked_blocks: None,
     fold,
     finish,
 };
@@ -194,7 +199,7 @@ unsafe fn unpacked_many<const T: usize>(
 
 /// See [`TileKernels::fold`].
 #[target_feature(enable = "avx2,fma")]
-fn fold(sums: &[i32], correction: i32, scales: &[f32], y: &mut [f32]) {
+fn fold(sums: &[i32], correction: i32, scales: BlockScales, y: &mut [f32]) {
     super::fold_generic(sums, correction, scales, y);
 }
 
