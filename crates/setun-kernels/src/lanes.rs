@@ -52,6 +52,36 @@ pub(crate) trait Lanes: Arithmetic {
     fn store_f16(self, v: Self::V, p: &mut [f16; LANES]);
     /// Asks for the cache line at `p`, which may be any address.
     fn prefetch<T>(self, p: *const T);
+    /// Sixteen integers, rounded to nearest, ties to even.
+    #[inline(always)]
+    fn load_i32(self, p: &[i32; LANES]) -> Self::V {
+        self.load(&p.map(|x| x as f32))
+    }
+    /// Rounds to nearest, ties to even. For magnitudes up to 32767; anything else gives any integer.
+    #[inline(always)]
+    fn store_i16(self, v: Self::V, p: &mut [i16; LANES]) {
+        let mut lanes = [0.0; LANES];
+        self.store(v, &mut lanes);
+        *p = lanes.map(|x| x.round_ties_even() as i16);
+    }
+    /// Exact sums of products of pairs: `out[r][c][l] = Σ_k Σ_i a[r][k][i] * b[k][c][l][i]`, where `b[k]` are `C` chunks of
+    /// sixteen pairs of codes of `BITS` (16, 8 or 4) bits, from chunk `k * stride` on. Sums must fit i32.
+    ///
+    /// Panics where rows of `a` differ in length or `b` is too short.
+    #[inline(always)]
+    fn dot_pairs<const BITS: usize, const R: usize, const C: usize>(
+        self,
+        a: [&[[i16; 2]]; R],
+        b: &[u8],
+        stride: usize,
+    ) -> [[[i32; LANES]; C]; R] {
+        pairs::dot(a, pairs::Codes::<BITS>::new(b, stride, a[0].len(), C))
+    }
+    /// Sixteen pairs of codes of `BITS` bits, widened.
+    #[inline(always)]
+    fn widen_pairs<const BITS: usize>(self, from: &[u8], to: &mut [[i16; 2]; LANES]) {
+        *to = pairs::widen::<BITS>(from);
+    }
     /// The sum of the lanes: 8 + 8, then 4 + 4, 2 + 2, 1 + 1.
     fn fold(self, v: Self::V) -> f32 {
         let mut lanes = [0.0; LANES];
@@ -281,6 +311,8 @@ impl Lanes for Scalar {
     #[inline(always)]
     fn prefetch<T>(self, _: *const T) {}
 }
+
+mod pairs;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};

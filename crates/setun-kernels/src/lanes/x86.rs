@@ -5,6 +5,7 @@
 //! exactly the bytes read or written, and none of the instructions asks for alignment.
 #![allow(clippy::undocumented_unsafe_blocks)]
 
+use super::pairs::{self, Codes};
 use super::{Arithmetic, Chunk, LANES, Lanes};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
@@ -116,6 +117,27 @@ impl Lanes for Avx512 {
     fn prefetch<T>(self, p: *const T) {
         // A prefetch never faults, so `p` need not be valid.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    fn load_i32(self, p: &[i32; LANES]) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_loadu_si512(p.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn store_i16(self, v: __m512, p: &mut [i16; LANES]) {
+        unsafe { _mm256_storeu_si256(p.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v))) }
+    }
+    #[inline(always)]
+    fn dot_pairs<const BITS: usize, const R: usize, const C: usize>(
+        self,
+        a: [&[[i16; 2]]; R],
+        b: &[u8],
+        stride: usize,
+    ) -> [[[i32; LANES]; C]; R] {
+        unsafe { pairs::dot_avx512(a, Codes::<BITS>::new(b, stride, a[0].len(), C)) }
+    }
+    #[inline(always)]
+    fn widen_pairs<const BITS: usize>(self, from: &[u8], to: &mut [[i16; 2]; LANES]) {
+        unsafe { pairs::widen_avx512::<BITS>(from, to) }
     }
     #[inline(always)]
     fn fold(self, v: __m512) -> f32 {
@@ -258,6 +280,36 @@ impl Lanes for Avx2 {
     fn prefetch<T>(self, p: *const T) {
         // A prefetch never faults, so `p` need not be valid.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    fn load_i32(self, p: &[i32; LANES]) -> [__m256; 2] {
+        unsafe {
+            [
+                _mm256_cvtepi32_ps(_mm256_loadu_si256(p.as_ptr().cast())),
+                _mm256_cvtepi32_ps(_mm256_loadu_si256(p[8..].as_ptr().cast())),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn store_i16(self, v: [__m256; 2], p: &mut [i16; LANES]) {
+        unsafe {
+            let packed = _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
+            // Packing works within halves: put the quarters in order.
+            _mm256_storeu_si256(p.as_mut_ptr().cast(), _mm256_permute4x64_epi64::<0xD8>(packed))
+        }
+    }
+    #[inline(always)]
+    fn dot_pairs<const BITS: usize, const R: usize, const C: usize>(
+        self,
+        a: [&[[i16; 2]]; R],
+        b: &[u8],
+        stride: usize,
+    ) -> [[[i32; LANES]; C]; R] {
+        unsafe { pairs::dot_avx2(a, Codes::<BITS>::new(b, stride, a[0].len(), C)) }
+    }
+    #[inline(always)]
+    fn widen_pairs<const BITS: usize>(self, from: &[u8], to: &mut [[i16; 2]; LANES]) {
+        unsafe { pairs::widen_avx2::<BITS>(from, to) }
     }
     #[inline(always)]
     fn fold(self, v: [__m256; 2]) -> f32 {
