@@ -7,7 +7,7 @@ use crate::lanes::{Arithmetic, Chunk, Lanes, One};
 /// Chunks of a row of scores.
 pub(super) const SCORES: usize = SEGMENT / BLOCK * WIDTH;
 
-/// `e^x` for `x <= 0`, at most 3e-7 relative off; exactly 0 below −87.7 (and for minus infinity), so that what a row does not see
+/// `e^x` for `x <= 0`, at most 5e-7 relative off; exactly 0 below −87.7 (and for minus infinity), so that what a row does not see
 /// weighs nothing. `2^n` times the Taylor polynomial of degree 6 on `|r| ≤ ln 2 / 2`.
 #[inline(always)]
 pub(super) fn exp_weight<S: Arithmetic>(s: S, x: S::V) -> S::V {

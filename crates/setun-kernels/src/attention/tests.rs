@@ -286,7 +286,7 @@ fn weights_of_a_softmax_are_close_to_the_exponential_and_zero_far_below() {
     for i in 0..=87_000 {
         let x = -(i as f32) / 1000.0;
         let (found, expected) = (f64::from(exp_weight(One, x)), f64::from(x).exp());
-        assert!((found / expected - 1.0).abs() < 4e-7, "{x}: {found} instead of {expected}");
+        assert!((found / expected - 1.0).abs() < 5e-7, "{x}: {found} instead of {expected}");
     }
     assert_eq!(exp_weight(One, 0.0), 1.0);
     for x in [-87.7, -88.0, -1e9, f32::NEG_INFINITY] {
