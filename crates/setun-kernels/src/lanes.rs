@@ -88,11 +88,6 @@ pub(crate) trait Lanes: Arithmetic {
         self.store(v, &mut lanes);
         fold_array(lanes, |a, b| a + b)
     }
-    /// Sixteen folds at once: lane `i` of the result is `fold(v[i])`.
-    fn fold_each(self, v: &[Self::V; LANES]) -> Self::V {
-        let sums = v.map(|v| self.fold(v));
-        self.load(&sums)
-    }
     /// The largest lane. NaN never wins, unless all are.
     #[inline(always)]
     fn fold_max(self, v: Self::V) -> f32 {
@@ -325,33 +320,32 @@ mod tests {
     use super::*;
     use crate::Kernels;
 
-    job!(Folds { rows: &'a [Chunk; LANES] } -> (Chunk, Chunk), |s| {
-        let vectors = rows.each_ref().map(|r| s.load(r));
-        let mut together = [0.0; LANES];
-        s.store(s.fold_each(&vectors), &mut together);
-        (together, vectors.map(|v| s.fold(v)))
-    });
+    job!(Folds { lanes: &'a Chunk } -> (f32, f32), |s| { (s.fold(s.load(lanes)), s.fold_max(s.load(lanes))) });
 
     #[test]
     fn folds_follow_the_fixed_tree_on_every_instruction_set() {
         // Values of very different size: any other order of addition gives other bits.
         let mut state = 1u32;
-        let rows: [Chunk; LANES] = std::array::from_fn(|_| {
-            std::array::from_fn(|_| {
+        for nan in 0..=LANES {
+            let mut lanes: Chunk = std::array::from_fn(|_| {
                 state = state.wrapping_mul(1664525).wrapping_add(1013904223);
                 (state as i32 as f32) * 2f32.powi((state % 23) as i32 - 40)
-            })
-        });
-        let tree = |v: &Chunk| {
-            let eight: [f32; 8] = std::array::from_fn(|i| v[i] + v[i + 8]);
+            });
+            let eight: [f32; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
             let four: [f32; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
-            (four[0] + four[2]) + (four[1] + four[3])
-        };
-        let expected = rows.each_ref().map(tree).map(f32::to_bits);
-        for k in Kernels::available() {
-            let (together, alone) = k.lanes(Folds { rows: &rows });
-            assert_eq!(together.map(f32::to_bits), expected, "{}", k.name());
-            assert_eq!(alone.map(f32::to_bits), expected, "{}", k.name());
+            let expected = (four[0] + four[2]) + (four[1] + four[3]);
+            for k in Kernels::available() {
+                let (sum, max) = k.lanes(Folds { lanes: &lanes });
+                assert_eq!(sum.to_bits(), expected.to_bits(), "{}", k.name());
+                assert_eq!(max, lanes.iter().copied().fold(f32::NEG_INFINITY, f32::max), "{}", k.name());
+            }
+            // And where some lane is NaN, the same lane is the largest on all.
+            if let Some(lane) = lanes.get_mut(nan) {
+                *lane = f32::NAN;
+                let found: Vec<u32> =
+                    Kernels::available().map(|k| k.lanes(Folds { lanes: &lanes }).1.to_bits()).collect();
+                assert!(found.iter().all(|&bits| bits == found[0]), "{found:?}");
+            }
         }
     }
 }

@@ -6,7 +6,7 @@
 // Tiles are written by index: rows, columns and lanes then look the same on both sides of an assignment.
 #![allow(clippy::needless_range_loop)]
 
-use super::softmax::{SCORES, Total, merge, softmax};
+use super::softmax::{SCORES, Total, all_finite, largest, merge, softmax};
 use super::store::{KvStore, KvType, Layout, Section, WIDTH};
 use super::tile::{Element, columns, product, rows};
 use super::{BLOCK, SEGMENT};
@@ -80,25 +80,10 @@ impl Rows {
     }
 }
 
-/// Reads and writes the last chunk of a record.
-#[inline(always)]
-fn total(record: &mut [Chunk]) -> (Total, &mut [Chunk], &mut Chunk) {
-    let (last, values) = record.split_last_mut().expect("a record has a last chunk");
-    (Total { max: last[0], sum: last[1] }, values, last)
-}
-
 /// An empty record.
 fn clear(record: &mut [Chunk]) {
     record.as_flattened_mut().fill(0.0);
     record[record.len() - 1][0] = f32::NEG_INFINITY;
-}
-
-/// Adds record `part` to record `into`.
-#[inline(always)]
-fn merge_into<S: Lanes>(s: S, into: &mut [Chunk], part: Total, values: &[Chunk]) {
-    let (mut all, sums, last) = total(into);
-    merge(s, &mut all, sums, part, values);
-    (last[0], last[1]) = (all.max, all.sum);
 }
 
 impl Job for Task<'_> {
@@ -243,8 +228,7 @@ fn widen_codes<S: Lanes, const BITS: usize>(
 /// NaN where an element is not finite.
 #[inline(always)]
 fn quantize_query<S: Lanes>(s: S, query: &[f32], codes: &mut [[i16; LANES]]) -> f32 {
-    let finite = query.iter().fold(true, |finite, x| finite & x.is_finite());
-    let largest = query.iter().fold(0.0f32, |m, x| if x.abs() > m { x.abs() } else { m });
+    let (finite, largest) = (all_finite(query), largest(s, query));
     codes.as_flattened_mut().fill(0);
     if !finite || largest < 1e-30 {
         return if finite { 0.0 } else { f32::NAN };
@@ -303,11 +287,7 @@ impl FloatTile<'_> {
             });
         }
         let chunks = from / LANES..to.div_ceil(LANES);
-        let mut totals = [Total::NONE; R];
-        for i in 0..R {
-            let scores = &mut self.scores[i * SCORES..(i + 1) * SCORES];
-            totals[i] = softmax(s, scores, chunks.clone(), seen[i].0..seen[i].1);
-        }
+        let totals = softmax::<S, R>(s, self.scores, chunks.clone(), &seen);
         self.values[..R * dims].as_flattened_mut().fill(0.0);
         // What all rows see goes in tiles; a row's positions before and after alone, in their order: what a row does not see is
         // not even multiplied by zero.
@@ -323,10 +303,7 @@ impl FloatTile<'_> {
                 self.weigh::<S, E, 1>(s, rows, i, from, to, stored);
             }
         }
-        for i in 0..R {
-            let record = &mut self.records[(row + i) * (dims + 1)..(row + i + 1) * (dims + 1)];
-            merge_into(s, record, totals[i], &self.values[i * dims..(i + 1) * dims]);
-        }
+        merge::<S, R>(s, &mut self.records[row * (dims + 1)..(row + R) * (dims + 1)], &totals, self.values);
     }
 
     /// Adds the values of positions `from..to`, weighted, to those of rows `at..at + R` of the tile.
@@ -432,11 +409,7 @@ impl CodeTile<'_> {
             });
         }
         let chunks = from / LANES..to.div_ceil(LANES);
-        let mut totals = [Total::NONE; R];
-        for i in 0..R {
-            let scores = &mut self.scores[i * SCORES..(i + 1) * SCORES];
-            totals[i] = softmax(s, scores, chunks.clone(), seen[i].0..seen[i].1);
-        }
+        let totals = softmax::<S, R>(s, self.scores, chunks.clone(), &seen);
         for g in 0..layout.groups() {
             let mut worth = [0.0; R];
             for i in 0..R {
@@ -470,10 +443,7 @@ impl CodeTile<'_> {
                 at = base + last;
             }
         }
-        for i in 0..R {
-            let record = &mut self.records[(row + i) * (dims + 1)..(row + i + 1) * (dims + 1)];
-            merge_into(s, record, totals[i], &self.values[i * dims..(i + 1) * dims]);
-        }
+        merge::<S, R>(s, &mut self.records[row * (dims + 1)..(row + R) * (dims + 1)], &totals, self.values);
     }
 }
 
@@ -520,15 +490,16 @@ impl Job for Finish<'_> {
         while rest.len() >= apart {
             // The next record ends `apart` chunks further on.
             let (part, later) = rest.split_at_mut(apart);
-            let (part_total, values, _) = total(&mut part[apart - dims - 1..]);
-            merge_into(s, into, part_total, values);
+            let (values, last) = part[apart - dims - 1..].split_at(dims);
+            let [max, sum, ..] = last[0];
+            merge::<S, 1>(s, into, &[Total { max, sum }], values);
             rest = later;
         }
-        let (all, values, _) = total(into);
-        let inverse = s.splat(1.0 / all.sum);
+        let (values, last) = into.split_at(dims);
+        let inverse = s.splat(1.0 / last[0][1]);
         let (chunks, tail) = out.as_chunks_mut();
         // Adding zero makes one zero of two: signs of zeros depend on how segments were put together.
-        for (chunk, value) in chunks.iter_mut().zip(&*values) {
+        for (chunk, value) in chunks.iter_mut().zip(values) {
             s.store(s.fma(s.load(value), inverse, s.zero()), chunk);
         }
         if !tail.is_empty() {

@@ -1,8 +1,12 @@
 //! The softmax over one segment, and how segments are put together.
 
+// Rows are counted by index: they lie side by side in several arrays.
+#![allow(clippy::needless_range_loop)]
+
 use super::store::WIDTH;
 use super::{BLOCK, SEGMENT};
-use crate::lanes::{Arithmetic, Chunk, Lanes, One};
+use crate::lanes::{Arithmetic, Chunk, LANES, Lanes, chunk_at};
+use std::ops::Range;
 
 /// Chunks of a row of scores.
 pub(super) const SCORES: usize = SEGMENT / BLOCK * WIDTH;
@@ -35,49 +39,91 @@ impl Total {
     pub const NONE: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
 }
 
-/// Replaces a row's scores in chunks `chunks`, of which it sees elements `seen`, by `e^(score - max)`.
+/// Replaces the scores of `R` rows in chunks `chunks`, of which row `i` sees elements `seen[i]`, by `e^(score - max)`.
 #[inline(always)]
-pub(super) fn softmax<S: Lanes>(
+pub(super) fn softmax<S: Lanes, const R: usize>(
     s: S,
     scores: &mut [Chunk],
-    chunks: std::ops::Range<usize>,
-    seen: std::ops::Range<usize>,
-) -> Total {
-    let flat = scores.as_flattened_mut();
-    flat[chunks.start * 16..seen.start.clamp(chunks.start * 16, chunks.end * 16)].fill(f32::NEG_INFINITY);
-    flat[seen.end.clamp(chunks.start * 16, chunks.end * 16)..chunks.end * 16].fill(f32::NEG_INFINITY);
-    let scores = &mut scores[chunks];
-    if seen.is_empty() {
-        scores.as_flattened_mut().fill(0.0);
-        return Total::NONE;
+    chunks: Range<usize>,
+    seen: &[(usize, usize); R],
+) -> [Total; R] {
+    let mut totals = [Total::NONE; R];
+    let of = |i: usize| i * SCORES + chunks.start..i * SCORES + chunks.end;
+    // All maxima before the first exponential: rows then do not wait for each other.
+    for i in 0..R {
+        let scores = &mut scores[of(i)];
+        let (start, end) = (chunks.start * LANES, chunks.end * LANES);
+        scores.as_flattened_mut()[..seen[i].0.clamp(start, end) - start].fill(f32::NEG_INFINITY);
+        scores.as_flattened_mut()[seen[i].1.clamp(start, end) - start..].fill(f32::NEG_INFINITY);
+        let mut max = s.splat(f32::NEG_INFINITY);
+        for chunk in scores.iter() {
+            max = s.max(s.load(chunk), max);
+        }
+        totals[i].max = s.fold_max(max);
     }
-    let mut max = s.splat(f32::NEG_INFINITY);
-    for chunk in scores.iter() {
-        max = s.max(s.load(chunk), max);
+    for i in 0..R {
+        let scores = &mut scores[of(i)];
+        if seen[i].0 >= seen[i].1 {
+            scores.as_flattened_mut().fill(0.0);
+            continue;
+        }
+        let max = s.splat(totals[i].max);
+        let mut sum = s.zero();
+        for chunk in scores.iter_mut() {
+            let p = exp_weight(s, s.sub(s.load(chunk), max));
+            s.store(p, chunk);
+            sum = s.add(p, sum);
+        }
+        totals[i].sum = s.fold(sum);
     }
-    let max = s.fold_max(max);
-    let splat = s.splat(max);
-    let mut sum = s.zero();
-    for chunk in scores.iter_mut() {
-        let p = exp_weight(s, s.sub(s.load(chunk), splat));
-        s.store(p, chunk);
-        sum = s.add(p, sum);
-    }
-    Total { max, sum: s.fold(sum) }
+    totals
 }
 
-/// Adds a segment's weighted values to those of the segments before it, both relative to the larger maximum.
+/// Adds a segment's weighted values `[R, dims]` to those of the segments before it, each relative to the larger maximum. A record
+/// is `dims` chunks of values and one of maximum and sum.
 #[inline(always)]
-pub(super) fn merge<S: Lanes>(s: S, total: &mut Total, sums: &mut [Chunk], part: Total, values: &[Chunk]) {
-    if part.sum == 0.0 {
-        return; // Nothing seen: the largest of anything seen weighs 1.
+pub(super) fn merge<S: Lanes, const R: usize>(
+    s: S,
+    records: &mut [Chunk],
+    parts: &[Total; R],
+    values: &[Chunk],
+) {
+    let row = records.len() / R;
+    let (mut old, mut new) = ([0.0; LANES], [0.0; LANES]);
+    for (i, part) in parts.iter().enumerate() {
+        let before = records[(i + 1) * row - 1][0];
+        let max = if part.max > before { part.max } else { before };
+        (old[i], new[i]) = (before - max, part.max - max);
     }
-    let max = if part.max > total.max { part.max } else { total.max };
-    let [old, new] = [total.max, part.max].map(|m| exp_weight(One, m - max));
-    total.sum = part.sum.mul_add(new, total.sum * old);
-    total.max = max;
-    let (old, new) = (s.splat(old), s.splat(new));
-    for (sum, value) in sums.iter_mut().zip(values) {
-        s.store(s.fma(s.load(value), new, s.mul(s.load(sum), old)), sum);
+    s.store(exp_weight(s, s.load(&old)), &mut old);
+    s.store(exp_weight(s, s.load(&new)), &mut new);
+    for (i, part) in parts.iter().enumerate() {
+        if part.sum == 0.0 {
+            continue; // Nothing seen: the largest of anything seen weighs 1.
+        }
+        let (record, total) = records[i * row..(i + 1) * row].split_at_mut(row - 1);
+        let [max, sum, ..] = &mut total[0];
+        *max = if part.max > *max { part.max } else { *max };
+        *sum = part.sum.mul_add(new[i], *sum * old[i]);
+        let (old, new) = (s.splat(old[i]), s.splat(new[i]));
+        for (sum, value) in record.iter_mut().zip(&values[i * (row - 1)..]) {
+            s.store(s.fma(s.load(value), new, s.mul(s.load(sum), old)), sum);
+        }
     }
+}
+
+/// The largest magnitude; NaN never wins.
+#[inline(always)]
+pub(super) fn largest<S: Lanes>(s: S, x: &[f32]) -> f32 {
+    let mut max = s.zero();
+    for i in 0..x.len().div_ceil(LANES) {
+        let v = s.load(&chunk_at(x, i));
+        max = s.max(s.max(v, s.sub(s.zero(), v)), max);
+    }
+    s.fold_max(max)
+}
+
+#[inline(always)]
+pub(super) fn all_finite(x: &[f32]) -> bool {
+    x.iter().fold(true, |finite, x| finite & x.is_finite())
 }

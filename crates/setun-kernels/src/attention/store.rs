@@ -14,6 +14,7 @@
 //! forwards. The last panel is as wide as what is left, in sixteens. Two 4-bit codes share a byte, the first in its low
 //! half, each 8 more than the code.
 
+use super::softmax::{all_finite, largest};
 use super::tile::Element;
 use super::{BLOCK, SEGMENT};
 use crate::Kernels;
@@ -310,10 +311,10 @@ impl<'a> Place<'a> {
     }
 
     #[inline(always)]
-    fn put_codes(&mut self, at: usize, key: &[f32], value: &[f32]) {
+    fn put_codes<S: Lanes>(&mut self, s: S, at: usize, key: &[f32], value: &[f32]) {
         let four = self.layout.kind == KvType::Int4;
         let (group, levels) = (self.layout.group(), if four { 7.0 } else { 127.0 });
-        let finite = key.iter().chain(value).fold(true, |finite, x| finite & x.is_finite());
+        let finite = all_finite(key) & all_finite(value);
         let set = |codes: &mut [u8], index: usize, code: i8| {
             if four {
                 let (byte, shift) = (&mut codes[index / 2], 4 * (index % 2));
@@ -324,7 +325,7 @@ impl<'a> Place<'a> {
         };
         let mut codes = [0i8; 256];
         for (g, key) in key.chunks(group).enumerate() {
-            let scale = quantize(key, levels, finite, &mut codes);
+            let scale = quantize(s, key, levels, finite, &mut codes);
             self.key_scales[g * self.positions + at] = if finite { scale } else { bf16::NAN };
             for (d, &code) in (g * group..).zip(&codes[..key.len()]) {
                 let chunk = Layout::key_chunk(self.layout.pairs(), d / 2, at);
@@ -332,7 +333,7 @@ impl<'a> Place<'a> {
             }
         }
         for (g, value) in value.chunks(group).enumerate() {
-            self.value_scales[g * self.positions + at] = quantize(value, levels, finite, &mut codes);
+            self.value_scales[g * self.positions + at] = quantize(s, value, levels, finite, &mut codes);
             for (d, &code) in (g * group..).zip(&codes[..value.len()]) {
                 let chunk = self.value_chunk(self.positions / 2, at / 2, d / LANES);
                 set(self.values, (chunk * LANES + d % LANES) * 2 + at % 2, code);
@@ -343,9 +344,9 @@ impl<'a> Place<'a> {
 
 /// Codes and scale of one group; zeros unless it is finite and worth a scale. Elementwise, so of the same bits everywhere.
 #[inline(always)]
-fn quantize(x: &[f32], levels: f32, finite: bool, codes: &mut [i8; 256]) -> bf16 {
+fn quantize<S: Lanes>(s: S, x: &[f32], levels: f32, finite: bool, codes: &mut [i8; 256]) -> bf16 {
     let codes = &mut codes[..x.len()];
-    let largest = x.iter().fold(0.0f32, |m, x| if x.abs() > m { x.abs() } else { m });
+    let largest = largest(s, x);
     if !finite || largest < 1e-30 {
         codes.fill(0);
         return bf16::ZERO;
@@ -370,7 +371,7 @@ job!(Put {
         match place.layout.kind {
             KvType::F32 => place.put_floats::<_, f32>(s, at + t, key, value),
             KvType::F16 => place.put_floats::<_, f16>(s, at + t, key, value),
-            KvType::Int8 | KvType::Int4 => place.put_codes(at + t, key, value),
+            KvType::Int8 | KvType::Int4 => place.put_codes(s, at + t, key, value),
         }
     }
 });
