@@ -62,7 +62,7 @@ pub struct BenchArgs {
     /// What ternary layers of a MODEL multiply with: int8, or float where the model is defined so
     #[arg(long, value_name = "TYPE", value_parser = model::activations, default_value = "int8")]
     activations: ActivationType,
-    /// Type of the keys and values kept for attention: f16 or f32
+    /// Type of the keys and values kept for attention: f16, int8, int4 or f32
     #[arg(long, value_name = "TYPE", value_parser = model::kv_type, default_value = "f16")]
     kv: KvType,
     /// Seed of the random weights and tokens

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use setun::eval::{Windows, perplexity};
+use setun::kv_cache::KvType;
 
 use crate::model::{self, LoadArgs};
 use crate::{output, progress};
@@ -25,7 +26,7 @@ enum Task {
 ///
 /// Protocol `strided`: the file is one sequence of tokens, with a start token if the tokenizer adds one, cut into windows of
 /// --window tokens that advance by --stride; every token but the first is scored once, with at least window - stride tokens
-/// before it (fewer at the start of the text). Bits per byte do not depend on the tokenizer. Keys and values are kept in f32.
+/// before it (fewer at the start of the text). Bits per byte do not depend on the tokenizer.
 #[derive(clap::Args)]
 #[command(
     after_help = "Example: setun eval ppl --model MODEL --file wiki.test.raw --window 2048 --stride 1024"
@@ -46,6 +47,9 @@ struct PplArgs {
     /// Print one JSON object instead of a line of text
     #[arg(long)]
     json: bool,
+    /// Type of the keys and values kept for attention: f32, f16, int8 or int4
+    #[arg(long, value_name = "TYPE", value_parser = model::kv_type, default_value = "f32", help_heading = "Loading")]
+    kv: KvType,
     #[command(flatten)]
     load: LoadArgs,
 }
@@ -67,7 +71,7 @@ fn ppl(args: &PplArgs) -> Result<()> {
     let windows = Windows { context, stride: args.stride.unwrap_or((context / 2).max(1)) };
     let started = Instant::now();
     let bar = progress::steps(0, 0);
-    let found = perplexity(&engine, &tokenizer, &text, windows, &mut |done, total| {
+    let found = perplexity(&engine, &tokenizer, &text, windows, args.kv, &mut |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
     })
@@ -84,6 +88,7 @@ fn ppl(args: &PplArgs) -> Result<()> {
             "protocol": "strided",
             "window": windows.context,
             "stride": windows.stride,
+            "kv": args.kv.to_string(),
             "kernel": engine.kernels().name(),
             "activations": engine.activations().to_string(),
             "seconds": seconds,

@@ -37,7 +37,7 @@ pub struct LogitsArgs {
     /// Print what was done, and how fast, as JSON on stdout
     #[arg(long, requires = "out")]
     json: bool,
-    /// Type of the keys and values that attention reads: f32 or f16
+    /// Type of the keys and values that attention reads: f32, f16, int8 or int4
     #[arg(long, value_name = "TYPE", value_parser = model::kv_type, default_value = "f32", help_heading = "Loading")]
     kv: KvType,
     #[command(flatten)]

@@ -79,7 +79,8 @@ pub struct RunArgs {
     json: bool,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// Type of the keys and values kept for attention: f16 (half the memory) or f32
+    /// Type of the keys and values kept for attention: f16, int8 (half of its memory, and faster in
+    /// long contexts), int4 (a quarter, less exact) or f32
     #[arg(long, value_name = "TYPE", value_parser = model::kv_type, default_value = "f16", help_heading = "Loading")]
     kv: KvType,
     #[command(flatten)]

@@ -52,16 +52,41 @@ pub(crate) trait Lanes: Arithmetic {
     fn store_f16(self, v: Self::V, p: &mut [f16; LANES]);
     /// Asks for the cache line at `p`, which may be any address.
     fn prefetch<T>(self, p: *const T);
+    /// Sixteen integers, rounded to nearest, ties to even.
+    #[inline(always)]
+    fn load_i32(self, p: &[i32; LANES]) -> Self::V {
+        self.load(&p.map(|x| x as f32))
+    }
+    /// Rounds to nearest, ties to even. For magnitudes up to 32767; anything else gives any integer.
+    #[inline(always)]
+    fn store_i16(self, v: Self::V, p: &mut [i16; LANES]) {
+        let mut lanes = [0.0; LANES];
+        self.store(v, &mut lanes);
+        *p = lanes.map(|x| x.round_ties_even() as i16);
+    }
+    /// Exact sums of products of pairs: `out[r][c][l] = Σ_k Σ_i a[r][k][i] * b[k][c][l][i]`, where `b[k]` are `C` chunks of
+    /// sixteen pairs of codes of `BITS` (16, 8 or 4) bits, from chunk `k * stride` on. Sums must fit i32.
+    ///
+    /// Panics where rows of `a` differ in length or `b` is too short.
+    #[inline(always)]
+    fn dot_pairs<const BITS: usize, const R: usize, const C: usize>(
+        self,
+        a: [&[[i16; 2]]; R],
+        b: &[u8],
+        stride: usize,
+    ) -> [[[i32; LANES]; C]; R] {
+        pairs::dot(a, pairs::Codes::<BITS>::new(b, stride, a[0].len(), C))
+    }
+    /// Sixteen pairs of codes of `BITS` bits, widened.
+    #[inline(always)]
+    fn widen_pairs<const BITS: usize>(self, from: &[u8], to: &mut [[i16; 2]; LANES]) {
+        *to = pairs::widen::<BITS>(from);
+    }
     /// The sum of the lanes: 8 + 8, then 4 + 4, 2 + 2, 1 + 1.
     fn fold(self, v: Self::V) -> f32 {
         let mut lanes = [0.0; LANES];
         self.store(v, &mut lanes);
         fold_array(lanes, |a, b| a + b)
-    }
-    /// Sixteen folds at once: lane `i` of the result is `fold(v[i])`.
-    fn fold_each(self, v: &[Self::V; LANES]) -> Self::V {
-        let sums = v.map(|v| self.fold(v));
-        self.load(&sums)
     }
     /// The largest lane. NaN never wins, unless all are.
     #[inline(always)]
@@ -282,6 +307,8 @@ impl Lanes for Scalar {
     fn prefetch<T>(self, _: *const T) {}
 }
 
+mod pairs;
+
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
 
@@ -293,33 +320,32 @@ mod tests {
     use super::*;
     use crate::Kernels;
 
-    job!(Folds { rows: &'a [Chunk; LANES] } -> (Chunk, Chunk), |s| {
-        let vectors = rows.each_ref().map(|r| s.load(r));
-        let mut together = [0.0; LANES];
-        s.store(s.fold_each(&vectors), &mut together);
-        (together, vectors.map(|v| s.fold(v)))
-    });
+    job!(Folds { lanes: &'a Chunk } -> (f32, f32), |s| { (s.fold(s.load(lanes)), s.fold_max(s.load(lanes))) });
 
     #[test]
     fn folds_follow_the_fixed_tree_on_every_instruction_set() {
         // Values of very different size: any other order of addition gives other bits.
         let mut state = 1u32;
-        let rows: [Chunk; LANES] = std::array::from_fn(|_| {
-            std::array::from_fn(|_| {
+        for nan in 0..=LANES {
+            let mut lanes: Chunk = std::array::from_fn(|_| {
                 state = state.wrapping_mul(1664525).wrapping_add(1013904223);
                 (state as i32 as f32) * 2f32.powi((state % 23) as i32 - 40)
-            })
-        });
-        let tree = |v: &Chunk| {
-            let eight: [f32; 8] = std::array::from_fn(|i| v[i] + v[i + 8]);
+            });
+            let eight: [f32; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
             let four: [f32; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
-            (four[0] + four[2]) + (four[1] + four[3])
-        };
-        let expected = rows.each_ref().map(tree).map(f32::to_bits);
-        for k in Kernels::available() {
-            let (together, alone) = k.lanes(Folds { rows: &rows });
-            assert_eq!(together.map(f32::to_bits), expected, "{}", k.name());
-            assert_eq!(alone.map(f32::to_bits), expected, "{}", k.name());
+            let expected = (four[0] + four[2]) + (four[1] + four[3]);
+            for k in Kernels::available() {
+                let (sum, max) = k.lanes(Folds { lanes: &lanes });
+                assert_eq!(sum.to_bits(), expected.to_bits(), "{}", k.name());
+                assert_eq!(max, lanes.iter().copied().fold(f32::NEG_INFINITY, f32::max), "{}", k.name());
+            }
+            // And where some lane is NaN, the same lane is the largest on all.
+            if let Some(lane) = lanes.get_mut(nan) {
+                *lane = f32::NAN;
+                let found: Vec<u32> =
+                    Kernels::available().map(|k| k.lanes(Folds { lanes: &lanes }).1.to_bits()).collect();
+                assert!(found.iter().all(|&bits| bits == found[0]), "{found:?}");
+            }
         }
     }
 }

@@ -56,3 +56,38 @@ impl<'a> Parts<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }
     }
 }
+
+/// Types of which every bit pattern is a value, without padding.
+///
+/// # Safety
+/// Exactly that.
+pub(crate) unsafe trait Plain: Copy {}
+// SAFETY (all): plain numbers and arrays of them.
+unsafe impl Plain for u8 {}
+unsafe impl Plain for i16 {}
+unsafe impl Plain for f32 {}
+unsafe impl Plain for half::f16 {}
+unsafe impl Plain for half::bf16 {}
+unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}
+
+/// The same memory as elements of another type. Panics unless it is aligned for them and holds a whole number.
+pub(crate) fn cast<T: Plain, U: Plain>(from: &[T]) -> &[U] {
+    let bytes = size_of_val(from);
+    assert!(
+        bytes.is_multiple_of(size_of::<U>()) && from.as_ptr().cast::<U>().is_aligned(),
+        "cast: does not fit"
+    );
+    // SAFETY: aligned, as many whole elements as there are bytes for, and any bits are a value of `U`.
+    unsafe { std::slice::from_raw_parts(from.as_ptr().cast(), bytes / size_of::<U>()) }
+}
+
+/// [`cast`] for memory to be written.
+pub(crate) fn cast_mut<T: Plain, U: Plain>(from: &mut [T]) -> &mut [U] {
+    let bytes = size_of_val(from);
+    assert!(
+        bytes.is_multiple_of(size_of::<U>()) && from.as_ptr().cast::<U>().is_aligned(),
+        "cast: does not fit"
+    );
+    // SAFETY: as in `cast`; the borrow is exclusive, and any bits of `U` are a value of `T`.
+    unsafe { std::slice::from_raw_parts_mut(from.as_mut_ptr().cast(), bytes / size_of::<U>()) }
+}

@@ -1,7 +1,7 @@
 //! The CPU executor: packed weights, integer products, KV cache.
 
 use setun_kernels::Kernels;
-use setun_kernels::attention::AttentionShape;
+use setun_kernels::attention::{AttentionShape, Queries};
 use setun_kernels::delta::DeltaGates;
 use setun_kernels::dense::DenseMatrix;
 use setun_kernels::matrix::TernaryMatrix;
@@ -336,17 +336,26 @@ impl Ops for CpuOps<'_, '_> {
         };
         let mut first = 0;
         for part in self.parts.iter_mut() {
-            let start = part.cache.len();
-            for t in 0..part.tokens {
-                let row = (first + t) * k.width..(first + t + 1) * k.width;
-                part.cache.put(self.kernels, shape.layer, start + t, &k.data[row.clone()], &v.data[row]);
-            }
-            let (keys, values, capacity) = part.cache.layer(shape.layer);
-            let rows = first * q.width..(first + part.tokens) * q.width;
-            let (q, out) = (&q.data[rows.clone()], &mut out.data[rows]);
-            self.kernels.attention(&kernel_shape, q, start, keys, values, capacity, out, self.pool);
+            let rows = first * k.width..(first + part.tokens) * k.width;
+            part.cache.put(self.kernels, shape.layer, &k.data[rows.clone()], &v.data[rows], self.pool);
             first += part.tokens;
         }
+        // Layers of a model are those of all its caches.
+        let slot = self.parts.first().map_or(0, |part| part.cache.slot(shape.layer));
+        let (mut queries, mut rest_q, mut rest_out) =
+            (Vec::with_capacity(self.parts.len()), &q.data[..], &mut out.data[..]);
+        for part in self.parts.iter() {
+            let (q_rows, out_rows);
+            (q_rows, rest_q) = rest_q.split_at(part.tokens * q.width);
+            (out_rows, rest_out) = std::mem::take(&mut rest_out).split_at_mut(part.tokens * q.width);
+            queries.push(Queries {
+                q: q_rows,
+                out: out_rows,
+                first: part.cache.len(),
+                store: part.cache.store(),
+            });
+        }
+        self.kernels.attention(&kernel_shape, slot, &mut queries, self.pool);
         for buf in [q, k, v] {
             self.release(buf);
         }

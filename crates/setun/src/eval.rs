@@ -39,7 +39,7 @@ impl Perplexity {
 
 /// Scores `text` in strided windows, the usual WikiText protocol: the whole text is one sequence of tokens (with a start token
 /// if the tokenizer adds one), every token but the first is scored once, given up to `context - stride` tokens before its
-/// window's new part and everything in between. `progress` receives tokens scored and their total.
+/// window's new part and everything in between. Keys and values are kept as `kv`. `progress` receives tokens scored and their total.
 ///
 /// # Errors
 /// When the text has fewer than two tokens, the windows do not fit the model, the text cannot be tokenised, or the model's
@@ -49,6 +49,7 @@ pub fn perplexity(
     tokenizer: &Tokenizer,
     text: &str,
     windows: Windows,
+    kv: KvType,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Perplexity, ModelError> {
     let Windows { context, stride } = windows;
@@ -70,7 +71,7 @@ pub fn perplexity(
     if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab) {
         return Err(ModelError::UnknownToken { id, vocab_size: vocab });
     }
-    let mut session = engine.session(KvType::F32, Some(context));
+    let mut session = engine.session(kv, Some(context));
     let mut result = Perplexity { nats: 0.0, tokens: 0, bytes: text.len() };
     // `scored` tokens have been scored (the first counts, though it has nothing before it).
     let mut scored = 1;
@@ -116,8 +117,15 @@ mod tests {
         let text = "The treasure of Captain Flint was buried on the island, and nobody had found it since.";
         let total = tokenizer.encode(text, true).unwrap().len() - 1;
         for (context, stride) in [(64, 63), (16, 8), (16, 1), (5, 4), (512, 100)] {
-            let found =
-                perplexity(&engine, &tokenizer, text, Windows { context, stride }, &mut |_, _| {}).unwrap();
+            let found = perplexity(
+                &engine,
+                &tokenizer,
+                text,
+                Windows { context, stride },
+                KvType::F32,
+                &mut |_, _| {},
+            )
+            .unwrap();
             assert_eq!(found.tokens, total, "context {context}, stride {stride}");
         }
     }
@@ -127,9 +135,15 @@ mod tests {
         let (engine, tokenizer) = model();
         let text = "him he had fallen back";
         let ids = tokenizer.encode(text, true).unwrap();
-        let found =
-            perplexity(&engine, &tokenizer, text, Windows { context: 128, stride: 64 }, &mut |_, _| {})
-                .unwrap();
+        let found = perplexity(
+            &engine,
+            &tokenizer,
+            text,
+            Windows { context: 128, stride: 64 },
+            KvType::F32,
+            &mut |_, _| {},
+        )
+        .unwrap();
         let mut session = engine.session(KvType::F32, None);
         let logits = session.feed_all(&ids[..ids.len() - 1], None).unwrap();
         let nats: f64 = logits
@@ -157,7 +171,7 @@ mod tests {
         let ids = tokenizer.encode(&text, true).unwrap();
         assert!((600..2000).contains(&ids.len()), "{}", ids.len());
         let windows = Windows { context: 2000, stride: 1000 };
-        let found = perplexity(&engine, &tokenizer, &text, windows, &mut |_, _| {}).unwrap();
+        let found = perplexity(&engine, &tokenizer, &text, windows, KvType::F32, &mut |_, _| {}).unwrap();
         let mut session = engine.session(KvType::F32, None);
         let logits = session.feed_all(&ids[..ids.len() - 1], None).unwrap();
         let rows = logits.chunks(engine.config().vocab_size).zip(&ids[1..]);
@@ -175,8 +189,14 @@ mod tests {
         let vocab = engine.config().vocab_size as u32;
         let (last, rest) = ids.split_last().unwrap();
         assert!(*last >= vocab && rest.iter().all(|&id| id < vocab), "{ids:?}");
-        let found =
-            perplexity(&engine, &other, "the日z", Windows { context: 64, stride: 32 }, &mut |_, _| {});
+        let found = perplexity(
+            &engine,
+            &other,
+            "the日z",
+            Windows { context: 64, stride: 32 },
+            KvType::F32,
+            &mut |_, _| {},
+        );
         assert!(found.unwrap_err().to_string().contains("outside the vocabulary"));
     }
 
@@ -185,8 +205,15 @@ mod tests {
         let (engine, tokenizer) = model();
         for (context, stride) in [(1, 1), (8, 8), (8, 0), (100_000, 10)] {
             assert!(
-                perplexity(&engine, &tokenizer, "some text", Windows { context, stride }, &mut |_, _| {})
-                    .is_err()
+                perplexity(
+                    &engine,
+                    &tokenizer,
+                    "some text",
+                    Windows { context, stride },
+                    KvType::F32,
+                    &mut |_, _| {}
+                )
+                .is_err()
             );
         }
     }

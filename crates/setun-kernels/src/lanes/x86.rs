@@ -5,6 +5,7 @@
 //! exactly the bytes read or written, and none of the instructions asks for alignment.
 #![allow(clippy::undocumented_unsafe_blocks)]
 
+use super::pairs::{self, Codes};
 use super::{Arithmetic, Chunk, LANES, Lanes};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
@@ -67,6 +68,16 @@ unsafe fn fold8(v: __m256) -> f32 {
     }
 }
 
+/// The same for the largest.
+#[inline(always)]
+unsafe fn max8(v: __m256) -> f32 {
+    unsafe {
+        let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+        let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+        _mm_cvtss_f32(_mm_max_ss(v, _mm_shuffle_ps::<1>(v, v)))
+    }
+}
+
 impl Lanes for Avx512 {
     const WIDE: bool = true;
     #[inline(always)]
@@ -118,44 +129,33 @@ impl Lanes for Avx512 {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
     #[inline(always)]
+    fn load_i32(self, p: &[i32; LANES]) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_loadu_si512(p.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn store_i16(self, v: __m512, p: &mut [i16; LANES]) {
+        unsafe { _mm256_storeu_si256(p.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v))) }
+    }
+    #[inline(always)]
+    fn dot_pairs<const BITS: usize, const R: usize, const C: usize>(
+        self,
+        a: [&[[i16; 2]]; R],
+        b: &[u8],
+        stride: usize,
+    ) -> [[[i32; LANES]; C]; R] {
+        unsafe { pairs::dot_avx512(a, Codes::<BITS>::new(b, stride, a[0].len(), C)) }
+    }
+    #[inline(always)]
+    fn widen_pairs<const BITS: usize>(self, from: &[u8], to: &mut [[i16; 2]; LANES]) {
+        unsafe { pairs::widen_avx512::<BITS>(from, to) }
+    }
+    #[inline(always)]
     fn fold(self, v: __m512) -> f32 {
         unsafe { fold8(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v))) }
     }
     #[inline(always)]
-    fn fold_each(self, v: &[__m512; LANES]) -> __m512 {
-        unsafe {
-            let a = wide_to_two(v, 0);
-            let b = wide_to_two(v, 2);
-            _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xDD>(a, b))
-        }
-    }
-}
-
-// The four steps of the fold on several registers at once: each takes two registers, lines up the halves
-// that belong together, and adds. Inputs are taken in an order that leaves the sums sorted.
-
-/// `a` and `b` folded to eight lanes each.
-#[inline(always)]
-unsafe fn wide_to_eight(a: __m512, b: __m512) -> __m512 {
-    unsafe { _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b)) }
-}
-
-/// Four lanes of each of four inputs: `i` and every fourth after it.
-#[inline(always)]
-unsafe fn wide_to_four(v: &[__m512; LANES], i: usize) -> __m512 {
-    unsafe {
-        let a = wide_to_eight(v[i], v[i + 4]);
-        let b = wide_to_eight(v[i + 8], v[i + 12]);
-        _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xDD>(a, b))
-    }
-}
-
-/// Two lanes of each of eight inputs: `i` and `i + 1`, each with every fourth after it.
-#[inline(always)]
-unsafe fn wide_to_two(v: &[__m512; LANES], i: usize) -> __m512 {
-    unsafe {
-        let (a, b) = (wide_to_four(v, i), wide_to_four(v, i + 1));
-        _mm512_add_ps(_mm512_shuffle_ps::<0x44>(a, b), _mm512_shuffle_ps::<0xEE>(a, b))
+    fn fold_max(self, v: __m512) -> f32 {
+        unsafe { max8(_mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v))) }
     }
 }
 
@@ -178,31 +178,6 @@ unsafe fn widen_bf16(p: *const bf16) -> __m256 {
 #[inline(always)]
 unsafe fn widen_i8(p: *const i8) -> __m256 {
     unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
-}
-
-/// `a` and `b` folded to four lanes each: `a` in the lower half.
-#[inline(always)]
-unsafe fn fold_to_four(a: [__m256; 2], b: [__m256; 2]) -> __m256 {
-    unsafe {
-        let (a, b) = (_mm256_add_ps(a[0], a[1]), _mm256_add_ps(b[0], b[1]));
-        _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
-    }
-}
-
-/// Within each half: the first two lanes from `a`, the others from `b`, two lanes folded to one pair.
-#[inline(always)]
-unsafe fn fold_to_two(a: __m256, b: __m256) -> __m256 {
-    unsafe { _mm256_add_ps(_mm256_shuffle_ps::<0x44>(a, b), _mm256_shuffle_ps::<0xEE>(a, b)) }
-}
-
-/// Eight sums: of `v[at]` to `v[at + 7]`, in this order because lower halves take the first four.
-#[inline(always)]
-unsafe fn fold_eight(v: &[[__m256; 2]; LANES], at: usize) -> __m256 {
-    unsafe {
-        let a = fold_to_two(fold_to_four(v[at], v[at + 4]), fold_to_four(v[at + 1], v[at + 5]));
-        let b = fold_to_two(fold_to_four(v[at + 2], v[at + 6]), fold_to_four(v[at + 3], v[at + 7]));
-        _mm256_add_ps(_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xDD>(a, b))
-    }
 }
 
 impl Lanes for Avx2 {
@@ -260,11 +235,41 @@ impl Lanes for Avx2 {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
     #[inline(always)]
+    fn load_i32(self, p: &[i32; LANES]) -> [__m256; 2] {
+        unsafe {
+            [
+                _mm256_cvtepi32_ps(_mm256_loadu_si256(p.as_ptr().cast())),
+                _mm256_cvtepi32_ps(_mm256_loadu_si256(p[8..].as_ptr().cast())),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn store_i16(self, v: [__m256; 2], p: &mut [i16; LANES]) {
+        unsafe {
+            let packed = _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
+            // Packing works within halves: put the quarters in order.
+            _mm256_storeu_si256(p.as_mut_ptr().cast(), _mm256_permute4x64_epi64::<0xD8>(packed))
+        }
+    }
+    #[inline(always)]
+    fn dot_pairs<const BITS: usize, const R: usize, const C: usize>(
+        self,
+        a: [&[[i16; 2]]; R],
+        b: &[u8],
+        stride: usize,
+    ) -> [[[i32; LANES]; C]; R] {
+        unsafe { pairs::dot_avx2(a, Codes::<BITS>::new(b, stride, a[0].len(), C)) }
+    }
+    #[inline(always)]
+    fn widen_pairs<const BITS: usize>(self, from: &[u8], to: &mut [[i16; 2]; LANES]) {
+        unsafe { pairs::widen_avx2::<BITS>(from, to) }
+    }
+    #[inline(always)]
     fn fold(self, v: [__m256; 2]) -> f32 {
         unsafe { fold8(_mm256_add_ps(v[0], v[1])) }
     }
     #[inline(always)]
-    fn fold_each(self, v: &[[__m256; 2]; LANES]) -> [__m256; 2] {
-        unsafe { [fold_eight(v, 0), fold_eight(v, 8)] }
+    fn fold_max(self, v: [__m256; 2]) -> f32 {
+        unsafe { max8(_mm256_max_ps(v[0], v[1])) }
     }
 }

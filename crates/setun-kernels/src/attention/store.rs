@@ -1,0 +1,377 @@
+//! Where keys and values are kept: in the order in which attention reads them.
+//!
+//! Positions come in segments of [`SEGMENT`]. A segment's memory, for all layers at once, is taken when the first of its
+//! positions is needed and never moves. For one layer and head it holds, one after the other:
+//!
+//! | section | floats | codes |
+//! |---|---|---|
+//! | scales of the keys | – | `[groups][positions]`, bf16 |
+//! | keys | `[blocks of 64 positions][head_dim][64]` | `[blocks][pairs of dimensions][64 positions][2 dimensions]` |
+//! | scales of the values | – | `[groups][positions]`, bf16 |
+//! | values | `[panels of 64 dimensions][positions][64]` | `[panels][pairs of positions][64 dimensions][2 positions]` |
+//!
+//! So a lane is a position while scores are computed and a dimension while values are summed, and both read memory
+//! forwards. The last panel is as wide as what is left, in sixteens. Two 4-bit codes share a byte, the first in its low
+//! half, each 8 more than the code.
+
+use super::softmax::{all_finite, largest};
+use super::tile::Element;
+use super::{BLOCK, SEGMENT};
+use crate::Kernels;
+use crate::buffer::Buffer;
+use crate::lanes::{LANES, Lanes, chunk_at, job};
+use crate::scratch::{cast, cast_mut};
+use crate::threads::Pool;
+use half::{bf16, f16};
+
+/// Chunks of sixteen in a block of positions, and in a panel of dimensions.
+pub(super) const WIDTH: usize = BLOCK / LANES;
+/// Fewer rows than this are stored by the caller alone.
+const SERIAL: usize = 16;
+
+/// How keys and values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvType {
+    /// Single precision: the default for measuring.
+    F32,
+    /// Half precision: the default for running.
+    #[default]
+    F16,
+    /// 8-bit codes with a scale per position, head and 256 dimensions: 2.03 bytes per dimension of a head of 128, both sides.
+    Int8,
+    /// 4-bit codes with a scale per position, head and 32 dimensions: 1.13 bytes.
+    Int4,
+}
+
+impl KvType {
+    /// All of them, largest first.
+    pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Int8, Self::Int4];
+
+    /// As `--kv` takes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+        }
+    }
+}
+
+impl core::str::FromStr for KvType {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let known = Self::ALL.into_iter().find(|kind| kind.name() == s);
+        known.ok_or_else(|| format!("`{s}` is not a cache type: use f16, int8, int4 or f32"))
+    }
+}
+
+impl core::fmt::Display for KvType {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The sizes from which every offset follows.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Layout {
+    pub kind: KvType,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+impl Layout {
+    /// Chunks of a row of values.
+    pub fn dims(&self) -> usize {
+        self.head_dim.div_ceil(LANES)
+    }
+
+    /// Pairs of dimensions of a key.
+    pub fn pairs(&self) -> usize {
+        self.head_dim.div_ceil(2)
+    }
+
+    /// Dimensions that share a scale. Sums of a group stay within i32: 256 · 127 · 32767 < 2^31.
+    pub fn group(&self) -> usize {
+        if self.kind == KvType::Int4 { 32 } else { 256 }
+    }
+
+    pub fn groups(&self) -> usize {
+        self.head_dim.div_ceil(self.group())
+    }
+
+    /// Bytes of the four sections of a head with `positions`, a multiple of [`BLOCK`]: each a multiple of 64 bytes.
+    fn sections(&self, positions: usize) -> [usize; 4] {
+        let (keys, values) = (positions * self.head_dim, positions * self.dims() * LANES);
+        let (codes, scales) = (positions * 2 * self.pairs(), 2 * positions * self.groups());
+        match self.kind {
+            KvType::F32 => [0, 4 * keys, 0, 4 * values],
+            KvType::F16 => [0, 2 * keys, 0, 2 * values],
+            KvType::Int8 => [scales, codes, scales, values],
+            KvType::Int4 => [scales, codes / 2, scales, values / 2],
+        }
+    }
+
+    fn head_bytes(&self, positions: usize) -> usize {
+        self.sections(positions).iter().sum()
+    }
+
+    /// The chunk of a pair of dimensions, or of one, of 16 keys: `part` counts the pairs, or the dimensions, of `parts`.
+    pub fn key_chunk(parts: usize, part: usize, position: usize) -> usize {
+        (position / BLOCK * parts + part) * WIDTH + position % BLOCK / LANES
+    }
+
+    /// The chunks of panel `panel`: its first one, and how many a row has. Rows are positions or pairs of them.
+    pub fn panel(&self, panel: usize, rows: usize) -> (usize, usize) {
+        (panel * WIDTH * rows, (self.dims() - panel * WIDTH).min(WIDTH))
+    }
+}
+
+/// One head's part of a segment, as it lies in memory.
+#[derive(Clone, Copy)]
+pub(super) struct Section<'a> {
+    pub positions: usize,
+    pub key_scales: &'a [bf16],
+    pub keys: &'a [u8],
+    pub value_scales: &'a [bf16],
+    pub values: &'a [u8],
+}
+
+/// Keys and values of all attention layers of one sequence.
+#[derive(Debug)]
+pub struct KvStore {
+    layout: Layout,
+    layers: usize,
+    limit: usize,
+    /// `[layers][kv_heads]` of heads' sections each.
+    segments: Vec<Buffer>,
+}
+
+impl KvStore {
+    /// An empty store for `layers` layers of `kv_heads` heads with `head_dim` elements, and at most `limit` positions.
+    pub fn new(kind: KvType, layers: usize, kv_heads: usize, head_dim: usize, limit: usize) -> Self {
+        Self { layout: Layout { kind, kv_heads, head_dim }, layers, limit, segments: Vec::new() }
+    }
+
+    /// How it stores them.
+    pub fn kind(&self) -> KvType {
+        self.layout.kind
+    }
+
+    pub(super) fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// Panics unless there is such a layer of such heads.
+    pub(super) fn check(&self, layer: usize, kv_heads: usize, head_dim: usize) {
+        let Layout { kv_heads: heads, head_dim: dim, .. } = self.layout;
+        assert!(
+            (heads, dim) == (kv_heads, head_dim) && layer < self.layers,
+            "attention: the cache has another shape"
+        );
+    }
+
+    /// Positions there is memory for.
+    pub fn capacity(&self) -> usize {
+        self.limit.min(self.segments.len() * SEGMENT)
+    }
+
+    /// Bytes of that memory.
+    pub fn bytes(&self) -> usize {
+        self.segments.iter().map(|segment| segment.len()).sum()
+    }
+
+    /// Positions of segment `n`, in whole blocks.
+    fn positions(&self, n: usize) -> usize {
+        (self.limit - n * SEGMENT).min(SEGMENT).next_multiple_of(BLOCK)
+    }
+
+    /// Makes room for `positions` in all. Panics beyond the limit.
+    pub fn reserve(&mut self, positions: usize) {
+        assert!(positions <= self.limit, "{positions} positions in a cache limited to {}", self.limit);
+        while self.segments.len() * SEGMENT < positions {
+            let heads = self.layers * self.layout.kv_heads;
+            let bytes = self.layout.head_bytes(self.positions(self.segments.len()));
+            self.segments.push(Buffer::zeroed(heads * bytes));
+        }
+    }
+
+    pub(super) fn section(&self, layer: usize, head: usize, segment: usize) -> Section<'_> {
+        let positions = self.positions(segment);
+        let bytes = self.layout.head_bytes(positions);
+        let at = (layer * self.layout.kv_heads + head) * bytes;
+        let [key_scales, keys, value_scales, _] = self.layout.sections(positions);
+        let (key_scales, rest) = self.segments[segment][at..at + bytes].split_at(key_scales);
+        let (keys, rest) = rest.split_at(keys);
+        let (value_scales, values) = rest.split_at(value_scales);
+        Section { positions, key_scales: cast(key_scales), keys, value_scales: cast(value_scales), values }
+    }
+
+    /// Stores rows `[kv_heads * head_dim]` of keys and values of consecutive tokens from position `first` on. A position may be
+    /// stored again.
+    ///
+    /// Codes are `rne(x / s)`, `s` the largest magnitude of the group over 127 (or 7), rounded up to bf16. Where that magnitude is below
+    /// 1e-30 all is zero. A token with an element that is not finite gets NaN as its scale of keys: whatever sees it becomes NaN.
+    ///
+    /// Panics where lengths differ, are no whole rows, or there is no room.
+    pub fn put(
+        &mut self,
+        kernels: &Kernels,
+        layer: usize,
+        first: usize,
+        keys: &[f32],
+        values: &[f32],
+        pool: &Pool,
+    ) {
+        let layout = self.layout;
+        let width = layout.kv_heads * layout.head_dim;
+        let tokens = keys.len() / width.max(1);
+        assert!(
+            keys.len() == tokens * width && values.len() == keys.len(),
+            "put: keys or values are no rows"
+        );
+        let end = first + tokens;
+        assert!(end <= self.capacity() && layer < self.layers, "put: no room for the positions");
+        let sizes: Vec<usize> = (0..self.segments.len()).map(|n| self.positions(n)).collect();
+        let mut places = Vec::with_capacity(2 * layout.kv_heads);
+        for (n, segment) in self.segments.iter_mut().enumerate().skip(first / SEGMENT) {
+            let start = n * SEGMENT;
+            let (from, to) = (first.max(start), end.min(start + SEGMENT));
+            if from >= to {
+                break;
+            }
+            let bytes = layout.head_bytes(sizes[n]);
+            let heads = segment[layer * layout.kv_heads * bytes..].chunks_exact_mut(bytes.max(1));
+            for (head, memory) in heads.take(layout.kv_heads).enumerate() {
+                places.push((head, start, from, to, sizes[n], memory));
+            }
+        }
+        let store = |_: usize, (head, start, from, to, positions, memory): (_, _, _, _, _, &mut [u8])| {
+            let place = Place::new(layout, positions, memory);
+            let rows = (from - first) * width + head * layout.head_dim;
+            let at = from - start;
+            kernels.lanes(Put {
+                place,
+                keys: &keys[rows..],
+                values: &values[rows..],
+                width,
+                at,
+                tokens: to - from,
+            });
+        };
+        if tokens < SERIAL {
+            places.into_iter().for_each(|place| store(0, place));
+        } else {
+            pool.run_items(places, store);
+        }
+    }
+}
+
+/// Where one head's rows of one segment go.
+struct Place<'a> {
+    layout: Layout,
+    positions: usize,
+    key_scales: &'a mut [bf16],
+    keys: &'a mut [u8],
+    value_scales: &'a mut [bf16],
+    values: &'a mut [u8],
+}
+
+impl<'a> Place<'a> {
+    fn new(layout: Layout, positions: usize, memory: &'a mut [u8]) -> Self {
+        let [key_scales, keys, value_scales, _] = layout.sections(positions);
+        let (key_scales, rest) = memory.split_at_mut(key_scales);
+        let (keys, rest) = rest.split_at_mut(keys);
+        let (value_scales, values) = rest.split_at_mut(value_scales);
+        let (key_scales, value_scales) = (cast_mut(key_scales), cast_mut(value_scales));
+        Self { layout, positions, key_scales, keys, value_scales, values }
+    }
+
+    /// The index of a value's chunk, rows being positions or pairs of them.
+    #[inline(always)]
+    fn value_chunk(&self, rows: usize, row: usize, chunk: usize) -> usize {
+        let (first, width) = self.layout.panel(chunk / WIDTH, rows);
+        first + row * width + chunk % WIDTH
+    }
+
+    #[inline(always)]
+    fn put_floats<S: Lanes, E: Element>(&mut self, s: S, at: usize, key: &[f32], value: &[f32]) {
+        let head_dim = self.layout.head_dim;
+        let mut row = [E::default(); LANES];
+        for i in 0..self.layout.dims() {
+            E::store(s, s.load(&chunk_at(key, i)), &mut row);
+            let keys: &mut [E] = cast_mut(self.keys);
+            for (d, &x) in (i * LANES..head_dim).zip(&row) {
+                keys[Layout::key_chunk(head_dim, d, at) * LANES + at % LANES] = x;
+            }
+            E::store(s, s.load(&chunk_at(value, i)), &mut row);
+            let chunk = self.value_chunk(self.positions, at, i);
+            cast_mut::<u8, [E; LANES]>(self.values)[chunk] = row;
+        }
+    }
+
+    #[inline(always)]
+    fn put_codes<S: Lanes>(&mut self, s: S, at: usize, key: &[f32], value: &[f32]) {
+        let four = self.layout.kind == KvType::Int4;
+        let (group, levels) = (self.layout.group(), if four { 7.0 } else { 127.0 });
+        let finite = all_finite(key) & all_finite(value);
+        let set = |codes: &mut [u8], index: usize, code: i8| {
+            if four {
+                let (byte, shift) = (&mut codes[index / 2], 4 * (index % 2));
+                *byte = *byte & !(0xF << shift) | ((code + 8) as u8) << shift;
+            } else {
+                codes[index] = code.cast_unsigned();
+            }
+        };
+        let mut codes = [0i8; 256];
+        for (g, key) in key.chunks(group).enumerate() {
+            let scale = quantize(s, key, levels, finite, &mut codes);
+            self.key_scales[g * self.positions + at] = if finite { scale } else { bf16::NAN };
+            for (d, &code) in (g * group..).zip(&codes[..key.len()]) {
+                let chunk = Layout::key_chunk(self.layout.pairs(), d / 2, at);
+                set(self.keys, (chunk * LANES + at % LANES) * 2 + d % 2, code);
+            }
+        }
+        for (g, value) in value.chunks(group).enumerate() {
+            self.value_scales[g * self.positions + at] = quantize(s, value, levels, finite, &mut codes);
+            for (d, &code) in (g * group..).zip(&codes[..value.len()]) {
+                let chunk = self.value_chunk(self.positions / 2, at / 2, d / LANES);
+                set(self.values, (chunk * LANES + d % LANES) * 2 + at % 2, code);
+            }
+        }
+    }
+}
+
+/// Codes and scale of one group; zeros unless it is finite and worth a scale. Elementwise, so of the same bits everywhere.
+#[inline(always)]
+fn quantize<S: Lanes>(s: S, x: &[f32], levels: f32, finite: bool, codes: &mut [i8; 256]) -> bf16 {
+    let codes = &mut codes[..x.len()];
+    let largest = largest(s, x);
+    if !finite || largest < 1e-30 {
+        codes.fill(0);
+        return bf16::ZERO;
+    }
+    // Up, so that no code is beyond the levels by more than rounding.
+    let bits = (largest / levels).to_bits();
+    let scale = f32::from_bits((bits + 0xFFFF) & !0xFFFF);
+    let inverse = 1.0 / scale;
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = (x * inverse).round_ties_even().clamp(-levels, levels) as i8;
+    }
+    bf16::from_bits((scale.to_bits() >> 16) as u16)
+}
+
+job!(Put {
+    place: Place<'a>, keys: &'a [f32], values: &'a [f32], width: usize, at: usize, tokens: usize
+} -> (), |s| {
+    let mut place = place;
+    let head_dim = place.layout.head_dim;
+    for t in 0..tokens {
+        let (key, value) = (&keys[t * width..][..head_dim], &values[t * width..][..head_dim]);
+        match place.layout.kind {
+            KvType::F32 => place.put_floats::<_, f32>(s, at + t, key, value),
+            KvType::F16 => place.put_floats::<_, f16>(s, at + t, key, value),
+            KvType::Int8 | KvType::Int4 => place.put_codes(s, at + t, key, value),
+        }
+    }
+});
