@@ -33,11 +33,14 @@ host=${CARGO_TARGET_DIR:-target}/release/setun
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}/arm RUSTC=$rustc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 cross=(--target "$triple" --profile cross)
+# The loader of libc6:arm64, where it is installed, since it finds that package's libraries wherever it comes from itself.
+qemu=(qemu-aarch64 -L /usr/aarch64-linux-gnu)
+[[ ! -e /lib/ld-linux-aarch64.so.1 ]] || qemu=(qemu-aarch64)
 emulate() { # CPU PROGRAM...
-    qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu "$@"
+    "${qemu[@]}" -cpu "$@"
 }
 kernels_tests() { # CPU ARGUMENTS...
-    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu $1" \
+    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="${qemu[*]} -cpu $1" \
         cargo test --quiet -p setun-kernels "${cross[@]}" --lib --test exactness -- "${@:2}"
 }
 

@@ -98,7 +98,7 @@ unsafe fn unpack(packed: *const u8, tiles: usize, out: *mut u8) {
             // SAFETY: vector `v` of the tile, and both pairs of rows in the two groups of columns it becomes.
             unsafe {
                 let x = vld1q_u8(packed.add(tile * TILE_BYTES + v * 16));
-                let to = out.add(tile * TILE_BYTES * 4 + v * 32).cast();
+                let to = out.add(tile * TILE_BYTES * 4 + v * 32);
                 store_rows(to, field::<0>(x), field::<1>(x));
                 store_rows(to.add(TILE_BYTES * 2), field::<2>(x), field::<3>(x));
             }
@@ -112,7 +112,8 @@ unsafe fn unpack(packed: *const u8, tiles: usize, out: *mut u8) {
 /// 32 bytes are writable at `to`.
 #[inline]
 #[target_feature(enable = "neon")]
-unsafe fn store_rows(to: *mut i32, first: int8x16_t, second: int8x16_t) {
+unsafe fn store_rows(to: *mut u8, first: int8x16_t, second: int8x16_t) {
+    let to: *mut i32 = to.cast();
     let (first, second) = (vreinterpretq_s32_s8(first), vreinterpretq_s32_s8(second));
     // SAFETY: the caller's promise.
     unsafe {
