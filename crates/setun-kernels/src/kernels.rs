@@ -8,6 +8,8 @@ pub(crate) enum Isa {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
     Scalar,
 }
 
@@ -22,6 +24,12 @@ pub(crate) enum Products {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(target_arch = "aarch64")]
+    NeonI8mm,
+    #[cfg(target_arch = "aarch64")]
+    NeonDot,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
     Scalar,
 }
 
@@ -45,6 +53,9 @@ fn avx512() -> bool {
         && is_x86_feature_detected!("fma")
         && is_x86_feature_detected!("f16c")
 }
+/// Lanes of 32 bits are rows of four bytes in the order of memory.
+#[cfg(target_arch = "aarch64")]
+const LITTLE_ENDIAN: bool = cfg!(target_endian = "little");
 
 // Fastest first; scalar is last and always supported.
 static TABLE: &[Kernels] = &[
@@ -82,6 +93,32 @@ static TABLE: &[Kernels] = &[
                 && is_x86_feature_detected!("f16c")
         },
     },
+    #[cfg(target_arch = "aarch64")]
+    Kernels {
+        name: "neoni8mm",
+        isa: Isa::Neon,
+        products: Products::NeonI8mm,
+        #[cfg(not(feature = "std"))]
+        supported: || false,
+        #[cfg(feature = "std")]
+        supported: || {
+            LITTLE_ENDIAN
+                && std::arch::is_aarch64_feature_detected!("dotprod")
+                && std::arch::is_aarch64_feature_detected!("i8mm")
+        },
+    },
+    #[cfg(target_arch = "aarch64")]
+    Kernels {
+        name: "neondot",
+        isa: Isa::Neon,
+        products: Products::NeonDot,
+        #[cfg(not(feature = "std"))]
+        supported: || false,
+        #[cfg(feature = "std")]
+        supported: || LITTLE_ENDIAN && std::arch::is_aarch64_feature_detected!("dotprod"),
+    },
+    #[cfg(target_arch = "aarch64")]
+    Kernels { name: "neon", isa: Isa::Neon, products: Products::Neon, supported: || LITTLE_ENDIAN },
     Kernels { name: "scalar", isa: Isa::Scalar, products: Products::Scalar, supported: || true },
 ];
 
@@ -101,8 +138,28 @@ impl Kernels {
         Self::available().find(|k| k.name == name)
     }
 
-    /// `avx512vbmi`, `avx512`, `avx2` or `scalar`.
+    /// `avx512vbmi`, `avx512` or `avx2`, `neoni8mm`, `neondot` or `neon`, or `scalar`.
     pub fn name(&self) -> &'static str {
         self.name
+    }
+}
+
+/// Asks for the cache line at `p`, which may be any address.
+#[cfg(target_arch = "aarch64")]
+#[inline(always)]
+pub(crate) fn prefetch_near(p: *const u8) {
+    // SAFETY: a prefetch changes no state and never faults.
+    unsafe {
+        core::arch::asm!("prfm pldl1keep, [{}]", in(reg) p, options(nostack, preserves_flags, readonly))
+    }
+}
+
+/// As [`prefetch_near`], into the second-level cache.
+#[cfg(target_arch = "aarch64")]
+#[inline(always)]
+pub(crate) fn prefetch_far(p: *const u8) {
+    // SAFETY: as above.
+    unsafe {
+        core::arch::asm!("prfm pldl2keep, [{}]", in(reg) p, options(nostack, preserves_flags, readonly))
     }
 }

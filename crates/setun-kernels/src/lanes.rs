@@ -2,11 +2,11 @@
 //!
 //! The order of every float operation is part of a kernel's definition (same bits everywhere). So a kernel
 //! is one generic body over [`Lanes`], and an instruction set only says how sixteen lanes are added: as one
-//! 512-bit register, two of 256 bits, or an array. All operations here round as IEEE 754 demands, fused
+//! 512-bit register, two of 256 bits, four of 128 bits, or an array. All operations here round as IEEE 754 demands, fused
 //! multiply-add included, hence equal bits. Only the payload of a NaN may differ.
 //!
 //! A value of [`Avx512`] or [`Avx2`] exists only inside [`Kernels::lanes`], after the CPU check: holding one
-//! is the proof that makes the methods safe.
+//! is the proof that makes the methods safe. `Neon` needs no proof: every 64-bit ARM has its instructions.
 
 use crate::kernels::{Isa, Kernels};
 use half::{bf16, f16};
@@ -154,6 +154,8 @@ impl Kernels {
             Isa::Avx512 => unsafe { run_avx512(job) },
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { run_avx2(job) },
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => job.run(neon::Neon),
             Isa::Scalar => job.run(Scalar),
         }
     }
@@ -314,6 +316,9 @@ pub(crate) use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86;
+
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 #[cfg(test)]
 mod tests {

@@ -45,6 +45,8 @@ pub fn read_bandwidth(pool: &Pool) -> f64 {
                     // SAFETY: as above.
                     #[cfg(target_arch = "x86_64")]
                     Isa::Avx2 => black_box(unsafe { fold_avx2(pieces[i], ahead) }),
+                    #[cfg(target_arch = "aarch64")]
+                    Isa::Neon => black_box(fold_words(pieces[i], ahead)),
                     Isa::Scalar => black_box(fold_words(pieces[i], ahead)),
                 };
             });
@@ -100,7 +102,7 @@ fn rounds_per_second(pool: &Pool, work: &(dyn Fn(usize) + Sync)) -> f64 {
 /// Int8 multiply-adds per second of all threads of `pool` together, from registers.
 ///
 /// `vpdpbusd` for AVX-512; `vpmaddubsw` with its 16-bit addition for AVX2, the cheapest a product can
-/// get by with; the 32-bit multiply-adds that the compiler makes of plain code for `scalar`.
+/// get by with; `smmla`, `sdot` or the 16-bit `smlal` for NEON; the 32-bit multiply-adds that the compiler makes of plain code for `scalar`.
 pub fn int8_peak(kernels: &'static Kernels, pool: &Pool) -> f64 {
     match kernels.products {
         #[cfg(target_arch = "x86_64")]
@@ -114,6 +116,24 @@ pub fn int8_peak(kernels: &'static Kernels, pool: &Pool) -> f64 {
             // SAFETY: as above.
             let work = |n| unsafe { x86::maddubs(n) };
             rounds_per_second(pool, &work) * (x86::ACCUMULATORS_AVX2 * 32) as f64
+        }
+        #[cfg(target_arch = "aarch64")]
+        Products::NeonI8mm => {
+            // SAFETY: as above.
+            let work = |n| unsafe { arm::smmla(n) };
+            rounds_per_second(pool, &work) * (arm::ACCUMULATORS * 32) as f64
+        }
+        #[cfg(target_arch = "aarch64")]
+        Products::NeonDot => {
+            // SAFETY: as above.
+            let work = |n| unsafe { arm::sdot(n) };
+            rounds_per_second(pool, &work) * (arm::ACCUMULATORS * 16) as f64
+        }
+        #[cfg(target_arch = "aarch64")]
+        Products::Neon => {
+            // SAFETY: as above.
+            let work = |n| unsafe { arm::smlal(n) };
+            rounds_per_second(pool, &work) * (arm::ACCUMULATORS * 8) as f64
         }
         Products::Scalar => rounds_per_second(pool, &scalar_int) * 16.0,
     }
@@ -133,6 +153,12 @@ pub fn float_peak(kernels: &'static Kernels, pool: &Pool) -> f64 {
             // SAFETY: as above.
             let work = |n| unsafe { x86::fma_avx2(n) };
             rounds_per_second(pool, &work) * (x86::ACCUMULATORS_AVX2 * 16) as f64
+        }
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => {
+            // SAFETY: as above.
+            let work = |n| unsafe { arm::fma(n) };
+            rounds_per_second(pool, &work) * (arm::ACCUMULATORS * 8) as f64
         }
         Isa::Scalar => rounds_per_second(pool, &scalar_float) * 32.0,
     }
@@ -213,6 +239,51 @@ mod x86 {
         for _ in 0..rounds {
             for acc in &mut acc {
                 *acc = _mm256_fmadd_ps(*acc, a, b);
+            }
+        }
+        black_box(acc);
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    use core::arch::aarch64::*;
+    use core::arch::asm;
+    use std::hint::black_box;
+
+    pub(super) const ACCUMULATORS: usize = 24;
+
+    /// A loop of one instruction that adds a product of two registers to each of its sums.
+    macro_rules! rounds {
+        ($name:ident, $instruction:literal, $feature:literal) => {
+            #[target_feature(enable = $feature)]
+            pub(super) fn $name(rounds: usize) {
+                let (a, b) = black_box((vdupq_n_s8(1), vdupq_n_s8(2)));
+                let mut acc = [vdupq_n_s32(0); ACCUMULATORS];
+                for _ in 0..rounds {
+                    for acc in &mut acc {
+                        // SAFETY: changes this register only; the function's feature has the instruction.
+                        unsafe {
+                            asm!($instruction, acc = inout(vreg) *acc, a = in(vreg) a, b = in(vreg) b,
+                                options(pure, nomem, nostack, preserves_flags));
+                        }
+                    }
+                }
+                black_box(acc);
+            }
+        };
+    }
+    rounds!(smmla, "smmla {acc:v}.4s, {a:v}.16b, {b:v}.16b", "neon,i8mm");
+    rounds!(sdot, "sdot {acc:v}.4s, {a:v}.16b, {b:v}.16b", "dotprod");
+    rounds!(smlal, "smlal {acc:v}.8h, {a:v}.8b, {b:v}.8b", "neon");
+
+    #[target_feature(enable = "neon")]
+    pub(super) fn fma(rounds: usize) {
+        let (a, b) = black_box((vdupq_n_f32(0.5), vdupq_n_f32(0.25)));
+        let mut acc = [vdupq_n_f32(0.0); ACCUMULATORS];
+        for _ in 0..rounds {
+            for acc in &mut acc {
+                *acc = vfmaq_f32(b, *acc, a);
             }
         }
         black_box(acc);

@@ -139,6 +139,9 @@ pub fn ternarize_row(kernels: &Kernels, row: &[f32], inverse: f32, codes: &mut [
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { ternarize_avx2(row, inverse, codes) },
+        // NEON is always there, so the plain body is compiled with it.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => ternarize_generic(row, inverse, codes),
         Isa::Scalar => ternarize_generic(row, inverse, codes),
     }
 }
@@ -298,6 +301,8 @@ impl Activations {
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx2 => unsafe { quantize_token_avx2(x, q) },
+                #[cfg(target_arch = "aarch64")]
+                Isa::Neon => quantize_token(x, q),
                 Isa::Scalar => quantize_token(x, q),
             };
             // SAFETY: both hold `tokens` values; `one` runs once for each token.

@@ -16,7 +16,9 @@
 
 use crate::buffer::Buffer;
 use crate::dense::DenseMatrix;
-use crate::kernels::{Kernels, Products};
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::Isa;
+use crate::kernels::Kernels;
 use crate::lanes::{LANES, job};
 use crate::scratch::{Parts, with_scratch};
 use crate::threads::{Pool, SharedMut};
@@ -311,11 +313,12 @@ job!(Finish { totals: &'a Totals, estimates: &'a mut [f32], uppers: &'a mut [f32
 
 impl Work<'_> {
     fn dot(&self) -> Dot {
-        match self.kernels.products {
+        match self.kernels.isa {
+            // All sets with these lanes have VNNI.
             #[cfg(target_arch = "x86_64")]
-            Products::Avx512 => avx512::dot,
+            Isa::Avx512 => avx512::dot,
             #[cfg(target_arch = "x86_64")]
-            Products::Avx2 => avx2::dot,
+            Isa::Avx2 => avx2::dot,
             _ => dot_scalar,
         }
     }

@@ -1,7 +1,7 @@
 //! Ternary × int8 matrix products: the work of every `BitLinear` layer.
 //!
 //! [`PackedMatrix`] holds a matrix in the layout of one kernel set. The vector layouts cut the rows into
-//! panels (64 rows for AVX-512, 32 for AVX2). A panel is a sequence of tiles: four bytes for each row, row
+//! panels (64 rows for AVX-512, 32 for AVX2, 16 for NEON). A panel is a sequence of tiles: four bytes for each row, row
 //! after row, so that a 32-bit lane is a row and no horizontal sum is ever needed. A byte holds four codes
 //! of two bits (tiles of 16 columns), or five that a table turns into fields of two bits (20 columns).
 //! Field `j` of byte `b` holds the code of column `4j + b`: masking a field of a whole vector gives four
@@ -32,6 +32,12 @@ mod avx512;
 mod avx512_vbmi;
 mod columns;
 mod job;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neondot;
+#[cfg(target_arch = "aarch64")]
+mod neoni8mm;
 mod pack_tiles;
 pub mod scalar;
 
@@ -84,7 +90,7 @@ pub(crate) struct TileKernels {
     /// `sums[t][row] = Σ code · activation` for 1 to `direct_tokens` tokens, from packed tiles.
     direct: Dot,
     direct_tokens: usize,
-    /// Packed tiles to one byte for each code, `[columns / 4][rows][4]`.
+    /// Packed tiles to one byte for each code, as `unpacked` reads them: `[columns / 4][rows][4]` but for i8mm.
     unpack: unsafe fn(*const u8, usize, *mut u8),
     /// As `direct`, for 1 to `unpacked_tokens` tokens from unpacked units.
     unpacked: Dot,
@@ -209,6 +215,12 @@ fn tile_kernels(products: Products) -> Option<&'static TileKernels> {
         Products::Avx512 => Some(&avx512::KERNELS),
         #[cfg(target_arch = "x86_64")]
         Products::Avx2 => Some(&avx2::KERNELS),
+        #[cfg(target_arch = "aarch64")]
+        Products::NeonI8mm => Some(&neoni8mm::KERNELS),
+        #[cfg(target_arch = "aarch64")]
+        Products::NeonDot => Some(&neondot::KERNELS),
+        #[cfg(target_arch = "aarch64")]
+        Products::Neon => Some(&neon::KERNELS),
         Products::Scalar => None,
     }
 }

@@ -10,7 +10,9 @@ use super::{
     scalar, tile_kernels,
 };
 use crate::buffer::Buffer;
-use crate::kernels::{Isa, Kernels};
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::Isa;
+use crate::kernels::Kernels;
 use crate::matrix::Scales;
 use crate::quant::Activations;
 use crate::threads::{Pool, SharedMut};
