@@ -67,6 +67,7 @@ type PackRow = unsafe fn(&[u8], &mut [[u8; 4]]) -> usize;
 type BlockDot = unsafe fn(&Blocks, &[*const i8], &[&[i32]], &mut [[f32; MAX_ROWS]; MAX_TOKENS]);
 
 /// All scale blocks of a panel.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // Other sets take them one by one.
 struct Blocks<'a> {
     /// Tiles, or units of unpacked columns, from number 0 on.
     weights: *const u8,
