@@ -128,6 +128,23 @@ fn a_drawn_seed_is_printed_and_repeats_the_text() {
 }
 
 #[test]
+fn either_head_gives_the_same_text_and_says_what_it_did() {
+    let small = small();
+    for more in [&["--temperature", "0"][..], &["--top-k", "5"], &["--repeat-penalty", "1.3"]] {
+        let told = |head| {
+            let args = ["run", &small, "-p", "It was", "-n", "30", "--seed", "7", "--json", "--head", head];
+            json(&[&args[..], more].concat())
+        };
+        let (exact, listed, auto) = (told("exact"), told("shortlist"), told("auto"));
+        assert_eq!(exact["ids"], listed["ids"], "{more:?}");
+        assert_eq!((&exact["head"]["mode"], &listed["head"]["mode"]), (&"exact".into(), &"shortlist".into()));
+        assert_eq!(auto["head"]["mode"], "exact", "a small head is read whole");
+        assert!(listed["head"]["mean_rows"].as_f64().is_some());
+    }
+    assert!(failure(&["run", &small, "-p", "x", "--head", "some"], 2).contains("auto, exact or shortlist"));
+}
+
+#[test]
 fn run_json_counts_what_it_did() {
     let out = json(&["run", &small(), "-p", "It was", "-n", "5", "--seed", "1", "--json"]);
     assert_eq!(out["new_tokens"], 5);

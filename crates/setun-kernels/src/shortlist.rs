@@ -14,6 +14,9 @@
 //! products of unsigned codes and signed bytes. All sums are exact integers, and the floats after them have one order:
 //! bounds have the same bits on every instruction set and number of threads.
 
+// As in `dense`: rows and vectors then look the same on both sides of an assignment.
+#![allow(clippy::needless_range_loop)]
+
 use crate::buffer::Buffer;
 use crate::dense::DenseMatrix;
 #[cfg(target_arch = "x86_64")]
@@ -128,7 +131,7 @@ impl Shortlist {
         bounds.reset(self, tokens);
         for t in 0..tokens {
             let x = &x[t * self.cols..(t + 1) * self.cols];
-            bounds.inputs.push(Input::new(x, &self.offsets));
+            bounds.inputs.push(kernels.lanes(Round { x, offsets: &self.offsets }));
         }
         let panels = self.rows.div_ceil(ROWS);
         let Bounds { inputs, estimates, uppers, most_estimate, most_upper, .. } = bounds;
@@ -174,8 +177,7 @@ job!(Encode { weights: &'a [f32], offsets: &'a [f32], r: usize, panel: &'a mut [
         // As integers, magnitudes order like the numbers, with infinities and NaNs above all others.
         let largest = weights.iter().fold(0, |m: u32, w| m.max(w.to_bits() & 0x7fff_ffff));
         let largest = f32::from_bits(largest);
-        // Not `>`, for NaN.
-        if !(largest <= MAX_WEIGHT) {
+        if largest.is_nan() || largest > MAX_WEIGHT {
             return false;
         }
         // A little more than needed, so that rounding carries no code beyond 0 to 15.
@@ -220,45 +222,44 @@ struct Input {
     groups: Vec<InputGroup>,
 }
 
-impl Input {
-    fn new(x: &[f32], offsets: &[f32]) -> Self {
-        let largest = x.iter().fold(0, |m: u32, v| m.max(v.to_bits() & 0x7fff_ffff));
-        let usable = INPUTS.contains(&f32::from_bits(largest));
-        let padded = x.len().next_multiple_of(TILE_COLS);
-        let mut input = Self { usable, high: vec![0; padded], low: vec![0; padded], groups: Vec::new() };
-        if !usable {
-            return input;
-        }
-        // Additions of the exact product, of this one, and those of the estimate over groups, with room to spare.
-        let roundings = x.len() / LANES + 4 * x.len().div_ceil(GROUP) + 64;
-        for columns in groups(x.len()) {
-            let (x, offsets) = (&x[columns.clone()], &offsets[columns.clone()]);
-            let largest = x.iter().fold(0f32, |m, v| m.max(v.abs()));
-            let scale = largest / INPUT_CODES;
-            // A scale that is no normal number would not be exact enough; such inputs count as zero, within `slack`.
-            let inverse = if scale >= f32::MIN_POSITIVE { 1.0 / scale } else { 0.0 };
-            let (mut correction, mut squares, mut sizes) = (0f64, 0f64, 0f64);
-            for ((i, &v), &offset) in columns.zip(x).zip(offsets) {
-                let q = (v * inverse).round_ties_even().clamp(-INPUT_CODES, INPUT_CODES) as i32;
-                let high = (q + 128) >> 8;
-                (input.high[i], input.low[i]) = (high as i8, (q - 256 * high) as i8);
-                correction += f64::from(offset) * f64::from(q);
-                squares += f64::from(v) * f64::from(v);
-                sizes += f64::from(v.abs());
-            }
-            let error = if inverse == 0.0 { largest } else { 0.51 * scale } * x.len() as f32;
-            let rounding = roundings as f32 / (1 << 24) as f32 * sizes as f32;
-            input.groups.push(InputGroup {
-                scale: if inverse == 0.0 { 0.0 } else { scale },
-                whole: correction.round() as i32,
-                rest: (correction - correction.round()) as f32,
-                spread: WIDTH * WIDTH * (squares * 1.0001) as f32,
-                slack: 8.0 * (error + rounding),
-            });
-        }
-        input
+job!(Round { x: &'a [f32], offsets: &'a [f32] } -> Input, |_s| {
+    let largest = x.iter().fold(0, |m: u32, v| m.max(v.to_bits() & 0x7fff_ffff));
+    let usable = INPUTS.contains(&f32::from_bits(largest));
+    let padded = x.len().next_multiple_of(TILE_COLS);
+    let mut input = Input { usable, high: vec![0; padded], low: vec![0; padded], groups: Vec::new() };
+    if !usable {
+        return input;
     }
-}
+    // Additions of the exact product, of this one, and those of the estimate over groups, with room to spare.
+    let roundings = x.len() / LANES + 4 * x.len().div_ceil(GROUP) + 64;
+    for columns in groups(x.len()) {
+        let (x, offsets) = (&x[columns.clone()], &offsets[columns.clone()]);
+        let largest = x.iter().fold(0, |m: u32, v| m.max(v.to_bits() & 0x7fff_ffff));
+        let largest = f32::from_bits(largest);
+        let scale = largest / INPUT_CODES;
+        // A scale that is no normal number would not be exact enough; such inputs count as zero, within `slack`.
+        let inverse = if scale >= f32::MIN_POSITIVE { 1.0 / scale } else { 0.0 };
+        let (mut correction, mut squares, mut sizes) = (0f64, 0f64, 0f64);
+        for ((i, &v), &offset) in columns.zip(x).zip(offsets) {
+            let q = (v * inverse).round_ties_even().clamp(-INPUT_CODES, INPUT_CODES) as i32;
+            let high = (q + 128) >> 8;
+            (input.high[i], input.low[i]) = (high as i8, (q - 256 * high) as i8);
+            correction += f64::from(offset) * f64::from(q);
+            squares += f64::from(v) * f64::from(v);
+            sizes += f64::from(v.abs());
+        }
+        let error = if inverse == 0.0 { largest } else { 0.51 * scale } * x.len() as f32;
+        let rounding = roundings as f32 / (1 << 24) as f32 * sizes as f32;
+        input.groups.push(InputGroup {
+            scale: if inverse == 0.0 { 0.0 } else { scale },
+            whole: correction.round() as i32,
+            rest: (correction - correction.round()) as f32,
+            spread: WIDTH * WIDTH * (squares * 1.0001) as f32,
+            slack: 8.0 * (error + rounding),
+        });
+    }
+    input
+});
 
 /// What all panels share.
 struct Work<'a> {
@@ -466,8 +467,13 @@ impl Bounds {
 /// Rows whose value reaches `limit`, by way of their panels' largest. `false` when there are more than `most`.
 fn collect(values: &[f32], largest: &[f32], limit: f32, most: usize, out: &mut Vec<u32>) -> bool {
     for (panel, _) in largest.iter().enumerate().filter(|(_, largest)| **largest >= limit) {
-        let rows = values[panel * ROWS..].iter().take(ROWS);
-        out.extend(rows.zip((panel * ROWS) as u32..).filter(|(v, _)| **v >= limit).map(|(_, r)| r));
+        let values = &values[panel * ROWS..values.len().min((panel + 1) * ROWS)];
+        for (first, values) in (panel * ROWS..).step_by(LANES).zip(values.chunks(LANES)) {
+            // Without a branch for each, since most pieces hold none.
+            if values.iter().fold(false, |any, &v| any | (v >= limit)) {
+                out.extend((first as u32..).zip(values).filter(|(_, v)| **v >= limit).map(|(r, _)| r));
+            }
+        }
         if out.len() > most {
             return false;
         }

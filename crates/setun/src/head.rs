@@ -136,7 +136,7 @@ pub struct HeadStats {
     pub rows: u64,
     /// Positions that were tried, and left too many rows or had no bounds: the exact head did them.
     pub fallbacks: u64,
-    /// Positions that were not tried, because all logits were asked for or those before them fell back.
+    /// Positions that were not tried: (nearly) all logits were asked for, or those before them fell back.
     pub exact: u64,
 }
 
@@ -265,7 +265,7 @@ impl Head {
         let mut exact = Vec::new();
         for first in (0..out.len()).step_by(TOGETHER) {
             let rows = first..out.len().min(first + TOGETHER);
-            if needs[rows.clone()].iter().all(|need| **need == LogitsNeed::All)
+            if needs[rows.clone()].iter().all(|need| listed.first(need).is_none())
                 || !listed.worth_trying(rows.len())
             {
                 listed.exact.fetch_add(rows.len() as u64, Relaxed);
@@ -277,15 +277,15 @@ impl Head {
             for (t, row) in rows.enumerate() {
                 let x = &x[t * width..(t + 1) * width];
                 match listed.select((matrix, x, t), (kernels, pool), needs[row], work) {
-                    Some(rows) => {
+                    Ok(rows) => {
                         out[row].set(&work.found);
                         listed.failing.store(0, Relaxed);
                         listed.shortlisted.fetch_add(1, Relaxed);
                         listed.rows.fetch_add(rows as u64, Relaxed);
                     }
-                    None => {
-                        listed.failing.fetch_add(1, Relaxed);
-                        listed.fallbacks.fetch_add(1, Relaxed);
+                    Err(tried) => {
+                        listed.failing.fetch_add(u64::from(tried), Relaxed);
+                        if tried { &listed.fallbacks } else { &listed.exact }.fetch_add(1, Relaxed);
                         exact.push(row);
                     }
                 }
@@ -337,25 +337,29 @@ impl Listed {
         true
     }
 
-    /// Exact logits of what `need` asks for at position `t`, with input `x`, into `work.found` by rising id. Returns how many rows
-    /// were computed; `None` if the exact head is the better way.
+    /// How many rows with the largest estimates to begin with, so that at least `count` (one, if it is no limit) are not in `also`.
+    /// `None` if they are too many, or all are needed.
+    fn first(&self, need: &LogitsNeed) -> Option<usize> {
+        let LogitsNeed::Top { count, also, .. } = need else { return None };
+        let counted = if *count == usize::MAX { 1 } else { *count };
+        Some(counted.saturating_add(also.len())).filter(|&first| first <= self.most)
+    }
+
+    /// Exact logits of what `need` asks for at position `t`, with input `x`, into `work.found` by rising id: how many rows were
+    /// computed. Else the exact head is to do it, and the error is whether that is known only now.
     fn select(
         &self,
         (matrix, x, t): (&DenseMatrix, &[f32], usize),
         (kernels, pool): (&Kernels, &Pool),
         need: &LogitsNeed,
         work: &mut HeadWork,
-    ) -> Option<usize> {
-        let LogitsNeed::Top { count, within, also } = need else { return None };
+    ) -> Result<usize, bool> {
+        let (LogitsNeed::Top { count, within, also }, Some(first)) = (need, self.first(need)) else {
+            return Err(false);
+        };
         let HeadWork { bounds, ids, more, logits, found, largest } = work;
         if !bounds.usable(t) {
-            return None;
-        }
-        // With so many, at least `count` are not in `also`; without a count, one is enough to measure `within` from.
-        let counted = if *count == usize::MAX { 1 } else { *count };
-        let first = counted.saturating_add(also.len());
-        if first > self.most {
-            return None;
+            return Err(true);
         }
         bounds.likeliest(t, first, ids);
         ids.extend(also.iter().filter(|&&id| (id as usize) < matrix.rows()));
@@ -372,18 +376,18 @@ impl Listed {
         let counting = found.iter().filter(|(id, _)| also.binary_search(id).is_err());
         largest.extend(counting.map(|&(_, logit)| logit));
         largest.sort_unstable_by(|a, b| b.total_cmp(a));
-        let best = *largest.first()?;
+        let best = *largest.first().ok_or(true)?;
         // What the last of `count` reaches at least, over all rows. A little lower for the rounding of the difference.
         let near = best - within - 1e-6 * (best.abs() + within);
         let limit = largest.get(count - 1).map_or(near, |&last| last.max(near));
         if !limit.is_finite() || !bounds.reaching(t, limit, self.most, more) {
-            return None;
+            return Err(true);
         }
         more.retain(|id| ids.binary_search(id).is_err());
         dots(more, found);
         let rows = found.len();
         found.retain(|(id, logit)| *logit >= limit || also.binary_search(id).is_ok());
         found.sort_unstable_by_key(|&(id, _)| id);
-        Some(rows)
+        Ok(rows)
     }
 }

@@ -117,6 +117,7 @@ fn logits_have_the_same_bits_on_every_kernel_thread_count_and_prefill_chunking()
                     kernels: Some(kernels),
                     threads: Some(threads),
                     activations: Some(activations),
+                    ..EngineOptions::default()
                 };
                 let engine = Engine::open(&path, &options).unwrap();
                 let tokens: Vec<u32> =

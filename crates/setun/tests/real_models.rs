@@ -44,6 +44,7 @@ fn bitllama2_tells_its_known_story() {
             kernels: Some(kernels),
             threads: Some(2),
             activations: Some(ActivationType::Int8),
+            ..EngineOptions::default()
         };
         let engine = Engine::open(&model, &options).unwrap();
         let found = greedy(&engine, &[1], expected.len());

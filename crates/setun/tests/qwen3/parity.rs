@@ -135,6 +135,7 @@ fn weight_only_logits_have_the_same_bits_on_every_kernel_thread_count_and_prefil
                     kernels: Some(kernels),
                     threads: Some(threads),
                     activations: Some(activations),
+                    ..EngineOptions::default()
                 };
                 let engine = Engine::open(&path, &options).unwrap();
                 for batch in [1, 7, 512] {

@@ -72,6 +72,7 @@ fn logits_have_the_same_bits_on_every_kernel_thread_count_and_prefill_chunking()
                     kernels: Some(kernels),
                     threads: Some(threads),
                     activations: Some(activations),
+                    ..EngineOptions::default()
                 };
                 let engine = Engine::open(gguf(), &options).unwrap();
                 for batch in [1, 2, 7, 512] {
