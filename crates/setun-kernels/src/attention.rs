@@ -29,7 +29,7 @@ pub const SEGMENT: usize = 256;
 /// Positions of which keys lie together.
 const BLOCK: usize = 64;
 /// Rows that a task aims at: enough to repay the conversion of a segment, few enough for the L2 cache.
-const ROWS: usize = 96;
+const ROWS: usize = 192;
 /// With fewer tasks per thread than this, segments become tasks of their own.
 const TASKS_PER_THREAD: usize = 4;
 

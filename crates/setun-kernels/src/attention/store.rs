@@ -315,26 +315,26 @@ impl<'a> Place<'a> {
         let four = self.layout.kind == KvType::Int4;
         let (group, levels) = (self.layout.group(), if four { 7.0 } else { 127.0 });
         let finite = all_finite(key) & all_finite(value);
-        let set = |codes: &mut [u8], index: usize, code: i8| {
+        let set = |codes: &mut [u8], index: usize, code: i16| {
             if four {
                 let (byte, shift) = (&mut codes[index / 2], 4 * (index % 2));
                 *byte = *byte & !(0xF << shift) | ((code + 8) as u8) << shift;
             } else {
-                codes[index] = code.cast_unsigned();
+                codes[index] = code as u8;
             }
         };
-        let mut codes = [0i8; 256];
+        let mut codes = [[0i16; LANES]; 16];
         for (g, key) in key.chunks(group).enumerate() {
             let scale = quantize(s, key, levels, finite, &mut codes);
             self.key_scales[g * self.positions + at] = if finite { scale } else { bf16::NAN };
-            for (d, &code) in (g * group..).zip(&codes[..key.len()]) {
+            for (d, &code) in (g * group..).zip(&codes.as_flattened()[..key.len()]) {
                 let chunk = Layout::key_chunk(self.layout.pairs(), d / 2, at);
                 set(self.keys, (chunk * LANES + at % LANES) * 2 + d % 2, code);
             }
         }
         for (g, value) in value.chunks(group).enumerate() {
             self.value_scales[g * self.positions + at] = quantize(s, value, levels, finite, &mut codes);
-            for (d, &code) in (g * group..).zip(&codes[..value.len()]) {
+            for (d, &code) in (g * group..).zip(&codes.as_flattened()[..value.len()]) {
                 let chunk = self.value_chunk(self.positions / 2, at / 2, d / LANES);
                 set(self.values, (chunk * LANES + d % LANES) * 2 + at % 2, code);
             }
@@ -344,21 +344,21 @@ impl<'a> Place<'a> {
 
 /// Codes and scale of one group; zeros unless it is finite and worth a scale. Elementwise, so of the same bits everywhere.
 #[inline(always)]
-fn quantize<S: Lanes>(s: S, x: &[f32], levels: f32, finite: bool, codes: &mut [i8; 256]) -> bf16 {
-    let codes = &mut codes[..x.len()];
+fn quantize<S: Lanes>(s: S, x: &[f32], levels: f32, finite: bool, codes: &mut [[i16; LANES]; 16]) -> bf16 {
     let largest = largest(s, x);
     if !finite || largest < 1e-30 {
-        codes.fill(0);
+        codes.as_flattened_mut()[..x.len()].fill(0);
         return bf16::ZERO;
     }
     // Up, so that no code is beyond the levels by more than rounding.
-    let bits = (largest / levels).to_bits();
-    let scale = f32::from_bits((bits + 0xFFFF) & !0xFFFF);
-    let inverse = 1.0 / scale;
-    for (code, x) in codes.iter_mut().zip(x) {
-        *code = (x * inverse).round_ties_even().clamp(-levels, levels) as i8;
+    let bits = ((largest / levels).to_bits() + 0xFFFF) >> 16;
+    let inverse = s.splat(1.0 / f32::from_bits(bits << 16));
+    let (least, most) = (s.splat(-levels), s.splat(levels));
+    for (i, codes) in codes.iter_mut().enumerate().take(x.len().div_ceil(LANES)) {
+        let code = s.mul(s.load(&chunk_at(x, i)), inverse);
+        s.store_i16(s.max(least, s.min(most, code)), codes);
     }
-    bf16::from_bits((scale.to_bits() >> 16) as u16)
+    bf16::from_bits(bits as u16)
 }
 
 job!(Put {

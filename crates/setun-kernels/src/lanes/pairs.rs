@@ -4,9 +4,9 @@
 
 use super::LANES;
 
-/// Bytes ahead of a stream of narrow codes that are asked for: they come from memory.
+/// Bytes ahead of a stream of narrow codes, which come from memory, that are asked for into the first- and second-level cache.
 #[cfg(target_arch = "x86_64")]
-const AHEAD: usize = 2048;
+const AHEAD: [usize; 2] = [2 << 10, 16 << 10];
 
 /// Codes of `BITS` bits, sixteen pairs to a chunk, checked to hold all that a product reads.
 pub(super) struct Codes<'a, const BITS: usize> {
@@ -151,7 +151,8 @@ mod x86 {
                 for c in 0..C {
                     let at = row.add(c * Codes::<BITS>::CHUNK);
                     if BITS < 16 && c * Codes::<BITS>::CHUNK % 64 == 0 {
-                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD[0]).cast());
+                        _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD[1]).cast());
                     }
                     codes[c] = wide::<BITS>(at);
                 }
@@ -189,7 +190,8 @@ mod x86 {
                 for c in 0..C {
                     let at = row.add(c * Codes::<BITS>::CHUNK);
                     if BITS < 16 {
-                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD[0]).cast());
+                        _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD[1]).cast());
                     }
                     codes[c] = [half::<BITS>(at), half::<BITS>(at.add(Codes::<BITS>::CHUNK / 2))];
                 }
