@@ -53,7 +53,7 @@ pub struct BenchArgs {
     /// How often each is measured
     #[arg(long, value_name = "N", value_parser = model::positive, default_value = "3")]
     repeats: usize,
-    /// Kernel sets to measure: avx512, avx2, neoni8mm, neondot, neon, scalar, or all [default: the fastest this CPU has]
+    /// Kernel sets to measure: avx512vbmi, avx512, avxvnni, avx2, neoni8mm, neondot, neon, scalar, or all [default: the fastest this CPU has]
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
     kernel: Vec<String>,
     /// Numbers of threads to measure [default: the physical cores this process may use]

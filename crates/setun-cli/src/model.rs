@@ -68,7 +68,8 @@ pub struct LoadArgs {
 /// What computes, and with what precision.
 #[derive(clap::Args, Debug, Clone)]
 pub struct ComputeArgs {
-    /// Kernel set: avx512, avx2, neoni8mm, neondot, neon or scalar; all give the same result [default: the fastest this CPU has]
+    /// Kernel set: avx512vbmi, avx512, avxvnni, avx2, neoni8mm, neondot, neon or scalar; all give the same result [default: the fastest
+    /// this CPU has]
     #[arg(long, value_name = "NAME", value_parser = kernels, help_heading = "Loading")]
     pub kernel: Option<&'static Kernels>,
     /// Threads; any number gives the same result [default: the physical cores this process may use]
