@@ -157,28 +157,28 @@ unsafe fn unpacked_many<const P: usize>(
     acts: [[*const i8; 2]; P],
     sums: &mut Sums,
 ) {
-    let mut acc = [[vdupq_n_s32(0); PAIRS]; P];
+    let mut acc = [[vdupq_n_s32(0); P]; PAIRS];
     for eight in 0..tiles * 2 {
         // SAFETY: eight columns of weights and activations, within what the caller promised.
         unsafe {
             let pair =
                 |[a, b]: [*const i8; 2]| vcombine_s8(vld1_s8(a.add(eight * 8)), vld1_s8(b.add(eight * 8)));
             let acts = acts.map(pair);
-            for v in 0..PAIRS {
+            for (v, acc) in acc.iter_mut().enumerate() {
                 let w = vld1q_s8(panel.add(eight * ROWS * 8 + v * 16).cast());
-                for p in 0..P {
-                    acc[p][v] = smmla(acc[p][v], w, acts[p]);
+                for (acc, &a) in acc.iter_mut().zip(&acts) {
+                    *acc = smmla(*acc, w, a);
                 }
             }
         }
     }
-    for (acc, sums) in acc.iter().zip(sums.as_chunks_mut::<2>().0) {
+    for (p, sums) in sums.as_chunks_mut::<2>().0.iter_mut().take(P).enumerate() {
         let [first, second] = sums.each_mut().map(|sums| sums.as_chunks_mut::<4>().0);
         for (v, [low, high]) in acc.as_chunks::<2>().0.iter().enumerate() {
             // SAFETY (both): four lanes of room.
             unsafe {
-                vst1q_s32(first[v].as_mut_ptr(), vuzp1q_s32(*low, *high));
-                vst1q_s32(second[v].as_mut_ptr(), vuzp2q_s32(*low, *high));
+                vst1q_s32(first[v].as_mut_ptr(), vuzp1q_s32(low[p], high[p]));
+                vst1q_s32(second[v].as_mut_ptr(), vuzp2q_s32(low[p], high[p]));
             }
         }
     }
