@@ -23,6 +23,8 @@ pub(crate) enum Products {
     #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
+    AvxVnni,
+    #[cfg(target_arch = "x86_64")]
     Avx2,
     #[cfg(target_arch = "aarch64")]
     NeonI8mm,
@@ -78,6 +80,21 @@ static TABLE: &[Kernels] = &[
         supported: || false,
         #[cfg(feature = "std")]
         supported: avx512,
+    },
+    #[cfg(target_arch = "x86_64")]
+    Kernels {
+        name: "avxvnni",
+        isa: Isa::Avx2,
+        products: Products::AvxVnni,
+        #[cfg(not(feature = "std"))]
+        supported: || false,
+        #[cfg(feature = "std")]
+        supported: || {
+            is_x86_feature_detected!("avxvnni")
+                && is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+        },
     },
     #[cfg(target_arch = "x86_64")]
     Kernels {
@@ -138,7 +155,7 @@ impl Kernels {
         Self::available().find(|k| k.name == name)
     }
 
-    /// `avx512vbmi`, `avx512` or `avx2`, `neoni8mm`, `neondot` or `neon`, or `scalar`.
+    /// `avx512vbmi`, `avx512`, `avxvnni` or `avx2`, `neoni8mm`, `neondot` or `neon`, or `scalar`.
     pub fn name(&self) -> &'static str {
         self.name
     }

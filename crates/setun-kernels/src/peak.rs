@@ -101,8 +101,10 @@ fn rounds_per_second(pool: &Pool, work: &(dyn Fn(usize) + Sync)) -> f64 {
 
 /// Int8 multiply-adds per second of all threads of `pool` together, from registers.
 ///
-/// `vpdpbusd` for AVX-512; `vpmaddubsw` with its 16-bit addition for AVX2, the cheapest a product can
-/// get by with; `smmla`, `sdot` or the 16-bit `smlal` for NEON; the 32-bit multiply-adds that the compiler makes of plain code for `scalar`.
+/// `vpdpbusd` for AVX-512 and AVX-VNNI; `vpmaddubsw` with its 16-bit addition for AVX2, the cheapest that
+/// multiplies (products of many tokens that look sums up in place of multiplying, on AVX2 and AVX-VNNI, may
+/// exceed it, up to twofold); `smmla`, `sdot` or the 16-bit `smlal` for NEON; the 32-bit multiply-adds that
+/// the compiler makes of plain code for `scalar`.
 pub fn int8_peak(kernels: &'static Kernels, pool: &Pool) -> f64 {
     match kernels.products {
         #[cfg(target_arch = "x86_64")]
@@ -110,6 +112,12 @@ pub fn int8_peak(kernels: &'static Kernels, pool: &Pool) -> f64 {
             // SAFETY: a `Kernels` exists only when its instruction set was found.
             let work = |n| unsafe { x86::vnni(n) };
             rounds_per_second(pool, &work) * (x86::ACCUMULATORS * 64) as f64
+        }
+        #[cfg(target_arch = "x86_64")]
+        Products::AvxVnni => {
+            // SAFETY: as above.
+            let work = |n| unsafe { x86::avx_vnni(n) };
+            rounds_per_second(pool, &work) * (x86::ACCUMULATORS_AVX2 * 32) as f64
         }
         #[cfg(target_arch = "x86_64")]
         Products::Avx2 => {
@@ -202,6 +210,18 @@ mod x86 {
         for _ in 0..rounds {
             for acc in &mut acc {
                 *acc = _mm512_dpbusd_epi32(*acc, a, b);
+            }
+        }
+        black_box(acc);
+    }
+
+    #[target_feature(enable = "avxvnni,avx2")]
+    pub(super) fn avx_vnni(rounds: usize) {
+        let (a, b) = black_box((_mm256_set1_epi8(1), _mm256_set1_epi8(2)));
+        let mut acc = [_mm256_setzero_si256(); ACCUMULATORS_AVX2];
+        for _ in 0..rounds {
+            for acc in &mut acc {
+                *acc = _mm256_dpbusd_avx_epi32(*acc, a, b);
             }
         }
         black_box(acc);

@@ -1,7 +1,7 @@
 //! Ternary × int8 matrix products: the work of every `BitLinear` layer.
 //!
 //! [`PackedMatrix`] holds a matrix in the layout of one kernel set. The vector layouts cut the rows into
-//! panels (64 rows for AVX-512, 32 for AVX2, 16 for NEON). A panel is a sequence of tiles: four bytes for each row, row
+//! panels (64 rows for AVX-512, 32 for AVX2 and AVX-VNNI, 16 for NEON). A panel is a sequence of tiles: four bytes for each row, row
 //! after row, so that a 32-bit lane is a row and no horizontal sum is ever needed. A byte holds four codes
 //! of two bits (tiles of 16 columns), or five that a table turns into fields of two bits (20 columns).
 //! Field `j` of byte `b` holds the code of column `4j + b`: masking a field of a whole vector gives four
@@ -30,8 +30,12 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_vbmi;
+#[cfg(target_arch = "x86_64")]
+mod avx_vnni;
 mod columns;
 mod job;
+#[cfg(target_arch = "x86_64")]
+mod lut;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 #[cfg(target_arch = "aarch64")]
@@ -214,6 +218,8 @@ fn tile_kernels(products: Products) -> Option<&'static TileKernels> {
         Products::Avx512Vbmi => Some(&avx512_vbmi::KERNELS),
         #[cfg(target_arch = "x86_64")]
         Products::Avx512 => Some(&avx512::KERNELS),
+        #[cfg(target_arch = "x86_64")]
+        Products::AvxVnni => Some(&avx_vnni::KERNELS),
         #[cfg(target_arch = "x86_64")]
         Products::Avx2 => Some(&avx2::KERNELS),
         #[cfg(target_arch = "aarch64")]

@@ -5,6 +5,8 @@ use core::ops::Range;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use super::columns::Span;
+#[cfg(target_arch = "x86_64")]
+use super::lut;
 use super::{
     BlockDot, Blocks, Dot, Factor, MAX_COLUMNS, MAX_ROWS, MAX_TOKENS, PackedMatrix, Sums, TileKernels,
     scalar, tile_kernels,
@@ -62,6 +64,8 @@ impl Plan {
                 // Shared tiles are multiplied twice.
                 let limit =
                     if by_block && !columns.blocks_own_tiles() { k.direct_limit / 4 } else { k.direct_limit };
+                #[cfg(target_arch = "x86_64")]
+                let limit = if lut::wanted(matrix, acts) { usize::MAX } else { limit };
                 let direct = acts.tokens() <= limit;
                 let rows = match (direct && by_block && !columns.blocks_own_tiles(), columns.contiguous()) {
                     (true, _) => Rows::Own,
@@ -148,12 +152,15 @@ fn block_sums(kernels: &Kernels, acts: &[i8], block: usize, sums: &mut [i32]) {
 
 /// One product, with what all its chunks need.
 pub(super) struct Job<'a> {
-    matrix: &'a PackedMatrix,
+    pub(super) matrix: &'a PackedMatrix,
     kernels: Option<&'static TileKernels>,
-    acts: &'a Activations,
+    pub(super) acts: &'a Activations,
     prepared: Option<&'a Prepared>,
     plan: Plan,
-    out: Out,
+    pub(super) out: Out,
+    /// Where most tokens are looked up, how chunks are cut instead.
+    #[cfg(target_arch = "x86_64")]
+    looked_up: Option<lut::Cut>,
     panels: usize,
     /// A chunk is this many tokens of one panel; chunks of the same tokens follow one another.
     chunk_tokens: usize,
@@ -181,19 +188,45 @@ impl<'a> Job<'a> {
             tokens.div_ceil(pieces).clamp(48, MOST_TOKENS).next_multiple_of(MAX_TOKENS)
         };
         let chunks = panels * tokens.div_ceil(chunk_tokens);
+        #[cfg(target_arch = "x86_64")]
+        let looked_up = lut::wanted(matrix, acts).then(|| lut::Cut::new(matrix, tokens, threads));
+        #[cfg(target_arch = "x86_64")]
+        let chunks = looked_up.as_ref().map_or(chunks, lut::Cut::chunks);
         let prepared = prepared.iter().find(|p| p.plan == plan);
-        Self { matrix, kernels, acts, prepared, plan, out, panels, chunk_tokens, chunks }
+        Self {
+            matrix,
+            kernels,
+            acts,
+            prepared,
+            plan,
+            out,
+            #[cfg(target_arch = "x86_64")]
+            looked_up,
+            panels,
+            chunk_tokens,
+            chunks,
+        }
     }
 
     /// The activations of token `t` in the order of positions.
-    fn act_row(&self, t: usize) -> &[i8] {
+    pub(super) fn act_row(&self, t: usize) -> &[i8] {
         match self.prepared {
             Some(p) if p.stride > 0 => &p.rows[t * p.stride..][..p.stride],
             _ => self.acts.padded_row(t),
         }
     }
 
+    /// Whether every block of columns has its own scale to apply.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn by_block(&self) -> bool {
+        self.plan.by_block
+    }
+
     fn run_chunk(&self, chunk: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(cut) = &self.looked_up {
+            return lut::run_chunk(self, cut, chunk);
+        }
         let panel = chunk % self.panels;
         let first = chunk / self.panels * self.chunk_tokens;
         let tokens = first..self.acts.tokens().min(first + self.chunk_tokens);
@@ -227,7 +260,7 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn run_panel(&self, k: &TileKernels, panel: usize, tokens: Range<usize>) {
+    pub(super) fn run_panel(&self, k: &TileKernels, panel: usize, tokens: Range<usize>) {
         let m = self.matrix;
         let columns = m.columns;
         let (tiles, tile_bytes) = (columns.tiles(), k.rows * 4);
@@ -459,7 +492,7 @@ pub(super) fn run(jobs: &[Job], pool: &Pool) {
 
 /// Room for one unpacked panel, kept by each thread from one panel to the next.
 #[cfg(feature = "std")]
-fn with_scratch(len: usize, f: impl FnOnce(&mut [u8])) {
+pub(super) fn with_scratch(len: usize, f: impl FnOnce(&mut [u8])) {
     use std::cell::RefCell;
     std::thread_local! {
         static SCRATCH: RefCell<Buffer> = RefCell::new(Buffer::zeroed(0));
@@ -473,6 +506,6 @@ fn with_scratch(len: usize, f: impl FnOnce(&mut [u8])) {
 }
 
 #[cfg(not(feature = "std"))]
-fn with_scratch(len: usize, f: impl FnOnce(&mut [u8])) {
+pub(super) fn with_scratch(len: usize, f: impl FnOnce(&mut [u8])) {
     f(&mut Buffer::zeroed(len));
 }
