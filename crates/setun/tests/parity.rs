@@ -212,7 +212,7 @@ fn logits_have_the_same_bits_on_every_kernel_thread_count_and_prefill_chunking()
         let path = golden().join(folder);
         let expected = Expected(Checkpoint::open(path.join("expected/values.safetensors")).unwrap());
         let ids = expected.ids("input_ids");
-        for kv in [KvType::F16, KvType::F32] {
+        for kv in KvType::ALL {
             let mut first: Option<Vec<u32>> = None;
             for (kernels, threads, batch) in all_ways() {
                 let engine = engine(&path, kernels, threads, ActivationType::Int8);

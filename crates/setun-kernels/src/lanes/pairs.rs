@@ -2,6 +2,9 @@
 //!
 //! One instruction multiplies and adds a pair per 32-bit lane, so codes lie in pairs; tiles of sums stay in registers.
 
+// Tiles are written by index: rows, columns and lanes then look the same on both sides of an assignment.
+#![allow(clippy::needless_range_loop)]
+
 use super::LANES;
 
 /// Bytes ahead of a stream of narrow codes, which come from memory, that are asked for into the first- and second-level cache.
@@ -150,7 +153,7 @@ mod x86 {
                 let mut codes = [_mm512_setzero_si512(); C];
                 for c in 0..C {
                     let at = row.add(c * Codes::<BITS>::CHUNK);
-                    if BITS < 16 && c * Codes::<BITS>::CHUNK % 64 == 0 {
+                    if BITS < 16 && (c * Codes::<BITS>::CHUNK).is_multiple_of(64) {
                         _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD[0]).cast());
                         _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(AHEAD[1]).cast());
                     }
