@@ -2,7 +2,7 @@
 # 64-bit ARM without an ARM machine: cross-built, then run by qemu-user as CPUs with and without dot products and 8-bit matrix products.
 # The kernels' tests demand equal bits of every set that such a CPU has; the default model must tell what it tells on this machine.
 #
-#   runs/arm.sh             all of it; host's program: ${CARGO_TARGET_DIR:-target}/release/setun, built if it is missing or old
+#   runs/arm.sh             all of it; host's program: ${CARGO_TARGET_DIR:-target}/release/setun, built first
 #
 # Debian 12: dpkg --add-architecture arm64 && apt-get update
 #            apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user rustc-web libstd-rust-web-dev:arm64
@@ -54,8 +54,9 @@ for cpu in cortex-a76 cortex-a72; do
     kernels_tests "$cpu" --skip finite_positive_peak --skip threads::
 done
 
+# The second prompt is long enough for its weights to be unpacked.
 text() { # COMMAND...
-    for prompt in "Once upon a time" "The little robot" "Tom said:"; do
+    for prompt in "Once upon a time" "One day, a little girl named Lily found a big, red apple in the park and wanted to share it with her friend Tom." "Tom said:"; do
         "$@" run -p "$prompt" -n 60 --temperature 0 --seed 1 --kernel "$kernel"
         echo
     done
