@@ -4,8 +4,7 @@
     runs/under_load.py [--busy 8] [--shape 2b4t] [--setun target/release/setun]
 
 Measures `setun bench` alone, beside N processes that never rest, and alone again. With T threads on C cores and N others, the
-scheduler leaves a share of C / (T + N) of the speed (for T = C). Also measures what an idle `setun` costs: processor time of a
-conversation that waits for input.
+scheduler leaves a share of C / (T + N) of the speed (for T = C).
 """
 
 import argparse

@@ -157,6 +157,10 @@ impl Pool {
     /// A pool of `threads` threads, the caller's included; 0 counts as 1. When the system refuses a
     /// thread, the pool has fewer: see [`Pool::threads`].
     pub fn new(threads: usize) -> Self {
+        Self::named(threads, "setun-worker")
+    }
+
+    fn named(threads: usize, name: &str) -> Self {
         let shared = Arc::new(Shared {
             gate: AtomicU64::new(0),
             next: AtomicUsize::new(0),
@@ -169,7 +173,7 @@ impl Pool {
         });
         let spawn = |_| {
             let shared = Arc::clone(&shared);
-            let name = "setun-worker".to_owned();
+            let name = name.to_owned();
             std::thread::Builder::new().name(name).spawn(move || shared.worker()).ok()
         };
         let workers = (1..threads).map_while(spawn).collect();
@@ -326,6 +330,28 @@ mod tests {
             });
         }
         assert_eq!(sum.into_inner(), 6 * 20_000);
+    }
+
+    /// Processor time of this process's pool threads, in nanoseconds.
+    #[cfg(target_os = "linux")]
+    fn workers_time(name: &str) -> u64 {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+        let of = |file: &str, task: &std::fs::DirEntry| std::fs::read_to_string(task.path().join(file));
+        let own = tasks.filter(|task| of("comm", task).is_ok_and(|comm| comm.trim() == name));
+        let spent = own.map(|task| of("schedstat", &task).unwrap_or_default());
+        spent.filter_map(|text| text.split(' ').next()?.parse::<u64>().ok()).sum()
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn idle_workers_take_no_processor_time() {
+        let pool = Pool::named(3, "setun-idle");
+        pool.run(100, &|_| std::thread::sleep(Duration::from_micros(100)));
+        std::thread::sleep(Duration::from_millis(50)); // Spinning and yielding are over long since.
+        let before = workers_time("setun-idle");
+        assert!(before > 0, "the workers are found, and have worked");
+        std::thread::sleep(Duration::from_millis(200));
+        assert_eq!(workers_time("setun-idle"), before);
     }
 
     #[test]
