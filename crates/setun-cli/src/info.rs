@@ -64,7 +64,7 @@ pub fn info(args: InfoArgs) -> Result<()> {
         return Ok(output::print(default_model::ATTRIBUTION)?);
     }
     if let Some(path) = &args.plot {
-        plot::check(path)?;
+        output::check_svg(path)?;
     }
     let file = args.open.open(args.model.as_deref())?;
     let facts = Facts::of(&file, args.tokenizer.as_deref())?;

@@ -1,7 +1,9 @@
 //! What all commands print with: stdout that may be closed, errors on one line, sizes for people.
 
 use std::io::{ErrorKind, Write};
+use std::path::Path;
 
+use anyhow::Context;
 use serde::Serialize;
 
 /// Writes to stdout at once, so that a stream is seen as it grows.
@@ -37,6 +39,34 @@ pub fn head(engine: &setun::engine::Engine) -> serde_json::Value {
             "exact": stats.exact,
         }),
     }
+}
+
+/// Refuses a picture of another type before anything is measured or read.
+///
+/// # Errors
+/// [`WrongUsage`](crate::WrongUsage) unless the name ends in `.svg`.
+pub fn check_svg(path: &Path) -> anyhow::Result<()> {
+    match path.extension().and_then(|end| end.to_str()) {
+        Some(end) if end.eq_ignore_ascii_case("svg") => Ok(()),
+        _ => {
+            let what =
+                format!("the picture is written as SVG, so its name must end in .svg: {}", path.display());
+            Err(crate::WrongUsage(what).into())
+        }
+    }
+}
+
+/// Writes a file beside its name and renames it, so that it is there whole or not at all.
+///
+/// # Errors
+/// When it cannot be written; the error names it.
+pub fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(format!(".{}.tmp", std::process::id()));
+    let written = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, path));
+    written
+        .inspect_err(|_| _ = std::fs::remove_file(&temporary))
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Whether the only thing wrong is that nobody reads stdout any more.
@@ -108,6 +138,14 @@ pub fn rate(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_svg_is_written() {
+        assert!(check_svg(Path::new("a.svg")).is_ok() && check_svg(Path::new("a.SVG")).is_ok());
+        for other in ["a.png", "svg", "a"] {
+            assert!(check_svg(Path::new(other)).unwrap_err().to_string().contains(".svg"));
+        }
+    }
 
     #[test]
     fn sizes_have_three_digits_and_the_next_unit_from_1000() {

@@ -213,6 +213,9 @@ fn wrong_usage_exits_with_2_and_failures_with_1() {
         (&["bench", "--shape", "tiny", "--decode", "18446744073709551615"], 2, "0 to 131072"),
         (&["bench", "--shape", "tiny", "--depth", "10000000000"], 2, "0 to 131072"),
         (&["bench", "--shape", "tiny", "--kernel", "sse9"], 2, "sse9"),
+        (&["bench", "--shape", "tiny", "--batch", "0"], 2, "1 to 1024"),
+        (&["bench", "--shape", "tiny", "--svg", "roof.png"], 2, ".svg"),
+        (&["bench", "--ladder", "--shape", "tiny", "--threads", "1,2"], 2, "--threads"),
         (&["tokenize", &small, "--decode", "1 x"], 2, "`x` is not a token id"),
         (&["run", "no/such/model", "-p", "x"], 1, "no/such/model"),
         (&["run", "someone/some-model", "-p", "x"], 1, "HF_HUB_OFFLINE"),
@@ -505,6 +508,51 @@ fn bench_json_has_the_stated_keys() {
     }
     let table = stdout(&["bench", &small(), "--prefill", "16", "--decode", "4", "--repeats", "1"]);
     assert!(table.contains("% of read bandwidth") && table.contains("% of arithmetic"), "{table}");
+}
+
+#[test]
+fn bench_measures_batches_and_depths_and_draws_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let svg = folder.path().join("roof.svg").display().to_string();
+    let mut args =
+        vec!["bench", "--shape", "tiny", "--prefill", "0", "--decode", "2", "--repeats", "1", "--json"];
+    args.extend(["--batch", "1,3", "--depth", "4,9", "--svg", &svg]);
+    let out = json(&args);
+    let results = out["results"].as_array().unwrap();
+    let of = |key: &str| results.iter().map(|r| r[key].as_u64().unwrap()).collect::<Vec<_>>();
+    assert_eq!((of("batch"), of("depth")), (vec![1, 3, 1, 3], vec![4, 4, 9, 9]));
+    let number = |at: usize, key: &str| results[at][key].as_f64().unwrap();
+    assert!(number(0, "weight_bytes_per_token") > 2.9 * number(1, "weight_bytes_per_token"));
+    assert!(number(2, "kv_bytes_per_token") > number(0, "kv_bytes_per_token"));
+    assert!(
+        out["warnings"].is_array() && out["energy_estimate_per_token"]["joules_7nm"].as_f64().unwrap() > 0.0
+    );
+    let picture = std::fs::read_to_string(&svg).unwrap();
+    assert!(picture.starts_with("<svg") && picture.contains("3 sequences after 9"));
+}
+
+#[test]
+fn the_ladder_has_every_rung_that_the_shape_allows_and_names_the_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let svg = folder.path().join("ladder.svg").display().to_string();
+    let lengths = ["--prefill", "4", "--decode", "1", "--repeats", "1"];
+    let mut args = vec!["bench", "--ladder", "--shape", "tiny", "--json", "--svg", &svg];
+    args.extend(lengths);
+    let out = json(&args);
+    let names = |key: &str| {
+        out[key]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|r| r["weights"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(names("rungs"), ["F32", "F16", "BF16", "ternary"]);
+    assert_eq!(names("skipped"), ["Q8_0", "Q4_0"]);
+    assert!(std::fs::read_to_string(&svg).unwrap().contains("ternary"));
+    let mut args = vec!["bench", "--ladder", "--shape", "tiny"];
+    args.extend(lengths);
+    assert!(stdout(&args).contains("Energy is an estimate"));
 }
 
 #[test]

@@ -15,15 +15,18 @@ use crate::threads::Pool;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+mod blocks;
 mod picked;
 mod trits;
 
-/// Bytes of a Q8_0 block: an f16 scale and [`Q8_0_LEN`] signed bytes.
-const Q8_0_BYTES: usize = 34;
-/// Weights of a Q8_0 block.
-const Q8_0_LEN: usize = 32;
+use blocks::{BLOCK, Block, Blocks, Q4_0, Q8_0};
+
 /// Up to this many tokens, weights are converted as they are multiplied.
 const FEW: usize = 5;
+/// Bytes that memory moves at once.
+const LINE: usize = 64;
+/// How far ahead memory is asked for at most.
+const AHEAD: usize = 12288;
 
 /// The weights of a [`DenseMatrix`], row-major.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,6 +40,9 @@ pub enum DenseData {
     /// GGUF's Q8_0: blocks of 34 bytes for 32 columns, an f16 scale `d` (little endian) and 32 `i8`; a weight is
     /// `d * q`, exact in f32.
     Q8_0(Vec<u8>),
+    /// GGUF's Q4_0: blocks of 18 bytes for 32 columns, an f16 scale `d` (little endian) and 16 bytes, column `i < 16` in the low
+    /// half of byte `i` and column `i + 16` in its high half; a weight is `d * (q - 8)`, exact in f32.
+    Q4_0(Vec<u8>),
 }
 
 /// Why weights do not make a matrix.
@@ -49,12 +55,12 @@ pub enum DenseError {
         rows: usize,
         /// Columns asked for.
         cols: usize,
-        /// Elements (bytes for Q8_0) that this shape takes; `None` if it overflows.
+        /// Elements (bytes for blocks) that this shape takes; `None` if it overflows.
         expected: Option<usize>,
-        /// Elements (bytes for Q8_0) there are.
+        /// Elements (bytes for blocks) there are.
         found: usize,
     },
-    /// Q8_0 rows hold whole blocks only.
+    /// Rows of Q8_0 and Q4_0 hold whole blocks only.
     Blocks {
         /// Columns asked for.
         cols: usize,
@@ -74,7 +80,10 @@ impl std::fmt::Display for DenseError {
                 write!(f, "a dense matrix of {rows} x {cols} is larger than memory can address")
             }
             Self::Blocks { cols } => {
-                write!(f, "a Q8_0 matrix has {cols} columns, but its blocks need a multiple of {Q8_0_LEN}")
+                write!(
+                    f,
+                    "a Q8_0 or Q4_0 matrix has {cols} columns, but its blocks need a multiple of {BLOCK}"
+                )
             }
         }
     }
@@ -100,10 +109,11 @@ impl DenseMatrix {
             DenseData::F32(d) => (d.len(), cols),
             DenseData::F16(d) => (d.len(), cols),
             DenseData::BF16(d) => (d.len(), cols),
-            DenseData::Q8_0(_) if !cols.is_multiple_of(Q8_0_LEN) => {
+            DenseData::Q8_0(_) | DenseData::Q4_0(_) if !cols.is_multiple_of(BLOCK) => {
                 return Err(DenseError::Blocks { cols });
             }
-            DenseData::Q8_0(d) => (d.len(), (cols / Q8_0_LEN).saturating_mul(Q8_0_BYTES)),
+            DenseData::Q8_0(d) => (d.len(), (cols / BLOCK).saturating_mul(Q8_0::BYTES)),
+            DenseData::Q4_0(d) => (d.len(), (cols / BLOCK).saturating_mul(Q4_0::BYTES)),
         };
         match rows.checked_mul(per_row) {
             Some(expected) if expected == found => Ok(Self { rows, cols, data }),
@@ -132,7 +142,7 @@ impl DenseMatrix {
             DenseData::F32(d) => size_of_val(&d[..]),
             DenseData::F16(d) => size_of_val(&d[..]),
             DenseData::BF16(d) => size_of_val(&d[..]),
-            DenseData::Q8_0(d) => d.len(),
+            DenseData::Q8_0(d) | DenseData::Q4_0(d) => d.len(),
         }
     }
 
@@ -144,13 +154,8 @@ impl DenseMatrix {
             DenseData::F32(d) => out.copy_from_slice(&d[cells]),
             DenseData::F16(d) => d[cells].convert_to_f32_slice(out),
             DenseData::BF16(d) => d[cells].convert_to_f32_slice(out),
-            DenseData::Q8_0(d) => {
-                let row = Blocks::row(d, self.cols, r);
-                for (out, block) in out.chunks_exact_mut(Q8_0_LEN).zip(row.0) {
-                    let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
-                    out.iter_mut().zip(&block[2..]).for_each(|(o, &q)| *o = scale * f32::from(q as i8));
-                }
-            }
+            DenseData::Q8_0(d) => Q8_0::decode(&d[r * Q8_0::row_bytes(self.cols)..], out),
+            DenseData::Q4_0(d) => Q4_0::decode(&d[r * Q4_0::row_bytes(self.cols)..], out),
         }
     }
 
@@ -162,7 +167,8 @@ impl DenseMatrix {
             DenseData::F32(d) => product.run::<Numbers<f32>>(kernels, d, pool),
             DenseData::F16(d) => product.run::<Numbers<f16>>(kernels, d, pool),
             DenseData::BF16(d) => product.run::<Numbers<bf16>>(kernels, d, pool),
-            DenseData::Q8_0(d) => product.run::<Blocks>(kernels, d, pool),
+            DenseData::Q8_0(d) => product.run::<Blocks<Q8_0>>(kernels, d, pool),
+            DenseData::Q4_0(d) => product.run::<Blocks<Q4_0>>(kernels, d, pool),
         });
     }
 }
@@ -179,10 +185,19 @@ trait Row<'a>: Copy {
     fn whole(self) -> usize;
     /// Chunk `i < whole()` in f32, exactly.
     fn load<S: Lanes>(self, s: S, i: usize) -> S::V;
+    /// Chunks `2 i` and `2 i + 1`: two at a time, because that is what a block's scale is good for.
+    #[inline(always)]
+    fn load_two<S: Lanes>(self, s: S, i: usize) -> [S::V; 2] {
+        [self.load(s, 2 * i), self.load(s, 2 * i + 1)]
+    }
     /// The rest of the row padded with zeros, if there is one.
     fn tail(self) -> Option<Chunk>;
-    /// Asks for the line `bytes` after chunk `i`.
-    fn prefetch<S: Lanes>(self, s: S, i: usize, bytes: usize);
+    /// Bytes of two chunks, about.
+    const STEP: usize;
+    /// Rows that one token multiplies side by side.
+    const ROWS: usize;
+    /// Where chunk `i` is stored.
+    fn at(self, i: usize) -> *const u8;
 }
 
 /// A row of plain numbers.
@@ -238,47 +253,12 @@ impl<'a, T: Number> Row<'a> for Numbers<'a, T> {
             padded
         })
     }
+    const STEP: usize = 2 * LANES * size_of::<T>();
+    // Memory is fastest in one stream, and one chain of additions keeps up with it.
+    const ROWS: usize = 1;
     #[inline(always)]
-    fn prefetch<S: Lanes>(self, s: S, i: usize, bytes: usize) {
-        s.prefetch(self.chunks.as_ptr().wrapping_add(i).cast::<u8>().wrapping_add(bytes));
-    }
-}
-
-/// A row of Q8_0 blocks.
-#[derive(Clone, Copy)]
-struct Blocks<'a>(&'a [[u8; Q8_0_BYTES]]);
-
-impl<'a> Row<'a> for Blocks<'a> {
-    type Data = [u8];
-    #[inline(always)]
-    fn bytes(cols: usize) -> usize {
-        cols / Q8_0_LEN * Q8_0_BYTES
-    }
-    #[inline(always)]
-    fn row(data: &'a [u8], cols: usize, r: usize) -> Self {
-        let per_row = cols / Q8_0_LEN;
-        Self(&data.as_chunks().0[r * per_row..(r + 1) * per_row])
-    }
-    #[inline(always)]
-    fn whole(self) -> usize {
-        self.0.len() * (Q8_0_LEN / LANES)
-    }
-    #[inline(always)]
-    fn load<S: Lanes>(self, s: S, i: usize) -> S::V {
-        let block = &self.0[i / 2];
-        let q: &[u8; LANES] =
-            if i.is_multiple_of(2) { block[2..18].first_chunk() } else { block[18..].first_chunk() }
-                .expect("a block has two chunks of quants");
-        let scale = s.splat(s.widen(f16::from_le_bytes([block[0], block[1]])));
-        s.mul(scale, s.load_i8(&q.map(|q| q as i8)))
-    }
-    #[inline(always)]
-    fn tail(self) -> Option<Chunk> {
-        None
-    }
-    #[inline(always)]
-    fn prefetch<S: Lanes>(self, s: S, i: usize, bytes: usize) {
-        s.prefetch(self.0.as_ptr().wrapping_add(i / 2).cast::<u8>().wrapping_add(bytes));
+    fn at(self, i: usize) -> *const u8 {
+        self.chunks.as_ptr().wrapping_add(i).cast()
     }
 }
 
@@ -365,8 +345,14 @@ impl<'d, W: Row<'d>> Job for Strip<'_, 'd, W> {
         for r in 0..to - from {
             let row = W::row(data, cols, from + r);
             let unpacked = &mut panel[r * per_row..(r + 1) * per_row];
-            for i in 0..row.whole() {
-                s.store(row.load(s, i), &mut unpacked[i]);
+            for i in 0..row.whole() / 2 {
+                let [first, second] = row.load_two(s, i);
+                s.store(first, &mut unpacked[2 * i]);
+                s.store(second, &mut unpacked[2 * i + 1]);
+            }
+            if row.whole() % 2 == 1 {
+                let last = row.whole() - 1;
+                s.store(row.load(s, last), &mut unpacked[last]);
             }
             if let Some(tail) = row.tail() {
                 unpacked[per_row - 1] = tail;
@@ -411,13 +397,13 @@ impl Tile<'_> {
         stream: bool,
     ) {
         let mut r = 0;
-        if S::WIDE || T == 1 {
+        if if T == 1 { W::ROWS == 4 } else { S::WIDE } {
             while r + 4 <= rows {
                 self.tile::<S, W, 4, T>(s, [row(r), row(r + 1), row(r + 2), row(r + 3)], r, token, stream);
                 r += 4;
             }
         }
-        if S::WIDE || T <= 2 {
+        if if T == 1 { W::ROWS > 1 } else { S::WIDE || T == 2 } {
             while r + 2 <= rows {
                 self.tile::<S, W, 2, T>(s, [row(r), row(r + 1)], r, token, stream);
                 r += 2;
@@ -445,19 +431,32 @@ impl Tile<'_> {
             let start = (token + t) * self.per_row;
             &self.x[start..start + self.per_row]
         });
-        let ahead = W::bytes(self.product.cols) * R;
-        for i in 0..whole {
-            let mut at = [s.zero(); T];
+        let ahead = (W::bytes(self.product.cols) * R).min(AHEAD);
+        let next = rows[0].at(0).wrapping_add(ahead);
+        for i in 0..whole / 2 {
+            let mut at = [[s.zero(); 2]; T];
             for t in 0..T {
-                at[t] = s.load(&x[t][i]);
+                at[t] = [s.load(&x[t][2 * i]), s.load(&x[t][2 * i + 1])];
+            }
+            // Side by side or not, the rows that follow are asked for in the order of memory.
+            if stream {
+                for line in 0..(R * W::STEP).div_ceil(LINE) {
+                    s.prefetch(next.wrapping_add(i * R * W::STEP + line * LINE));
+                }
             }
             for j in 0..R {
-                if stream {
-                    rows[j].prefetch(s, i, ahead);
-                }
-                let w = rows[j].load(s, i);
+                let w = rows[j].load_two(s, i);
                 for t in 0..T {
-                    sums[j][t] = s.fma(w, at[t], sums[j][t]);
+                    sums[j][t] = s.fma(w[0], at[t][0], sums[j][t]);
+                    sums[j][t] = s.fma(w[1], at[t][1], sums[j][t]);
+                }
+            }
+        }
+        if whole % 2 == 1 {
+            for j in 0..R {
+                let w = rows[j].load(s, whole - 1);
+                for t in 0..T {
+                    sums[j][t] = s.fma(w, s.load(&x[t][whole - 1]), sums[j][t]);
                 }
             }
         }

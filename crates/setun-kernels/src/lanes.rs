@@ -44,6 +44,17 @@ pub(crate) trait Lanes: Arithmetic {
     fn load_f16(self, p: &[f16; LANES]) -> Self::V;
     fn load_bf16(self, p: &[bf16; LANES]) -> Self::V;
     fn load_i8(self, p: &[i8; LANES]) -> Self::V;
+    /// `widen` in every lane.
+    #[inline(always)]
+    fn splat_f16(self, x: f16) -> Self::V {
+        self.splat(self.widen(x))
+    }
+    /// Nibbles `q` as `scale · (q − 8)`: of the low halves, then of the high ones.
+    #[inline(always)]
+    fn load_nibbles(self, p: &[u8; LANES], scale: Self::V) -> [Self::V; 2] {
+        let (low, high) = (p.map(|b| (b & 15) as i8 - 8), p.map(|b| (b >> 4) as i8 - 8));
+        [self.mul(scale, self.load_i8(&low)), self.mul(scale, self.load_i8(&high))]
+    }
     /// Lane `i` is the two-bit code at bit `2i`, less 1.
     fn load_trits(self, codes: u32) -> Self::V;
     /// One half float, exactly.

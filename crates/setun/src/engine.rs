@@ -7,7 +7,7 @@ use setun_kernels::Kernels;
 use setun_kernels::threads::{Pool, physical_cores_allowed};
 
 use crate::config::{ActivationType, ModelConfig};
-use crate::cpu::{CpuMatrix, CpuOps, CpuSource, Part, Workspace};
+use crate::cpu::{Buf, CpuMatrix, CpuOps, CpuSource, Part, Workspace};
 use crate::error::ModelError;
 use crate::format::Checkpoint;
 use crate::head::{Candidates, Head, HeadMode, HeadStats, HeadWork, LogitsNeed};
@@ -37,9 +37,9 @@ pub const PREFILL_BATCH: usize = 512;
 /// A model in memory, ready to run any number of sequences.
 #[derive(Debug)]
 pub struct Engine {
-    model: Model<CpuMatrix, Vec<f32>>,
-    kernels: &'static Kernels,
-    pool: Arc<Pool>,
+    pub(crate) model: Model<CpuMatrix, Vec<f32>>,
+    pub(crate) kernels: &'static Kernels,
+    pub(crate) pool: Arc<Pool>,
     activations: ActivationType,
     head: Head,
 }
@@ -150,9 +150,14 @@ impl Engine {
     /// Bytes of weights that decoding one token reads: every matrix once, of experts the ones that a token goes through, one row
     /// of an embedding that is not the head. With a shortlist, of the head what choosing a token has read so far on average.
     pub fn bytes_per_token(&self) -> usize {
-        let all = self.bytes_per_pass(1);
+        self.bytes_per_step(1)
+    }
+
+    /// Bytes of weights that a pass reads which chooses a token for each of so many sequences.
+    pub fn bytes_per_step(&self, sequences: usize) -> usize {
+        let all = self.bytes_per_pass(sequences);
         let head = self.model.head.as_ref().unwrap_or(&self.model.embed).matrix.bytes();
-        self.head.bytes_per_token().map_or(all, |read| all - head + read)
+        self.head.bytes_per_step(sequences).map_or(all, |read| all - head + read)
     }
 
     /// Bytes of weights that a pass over `tokens` tokens reads at most, all logits computed: if they need as many different experts
@@ -172,6 +177,28 @@ impl Engine {
         let layers =
             model.layers.iter().map(|layer| layer.linears().map(linear).sum::<usize>() - idle(layer));
         layers.sum::<usize>() + linear(model.head.as_ref().unwrap_or(&model.embed))
+    }
+
+    /// What `needs` ask for of each row of `hidden`, into `out`.
+    pub(crate) fn choose(
+        &self,
+        ops: &mut CpuOps,
+        hidden: &Buf,
+        needs: &[&LogitsNeed],
+        work: &mut HeadWork,
+        out: &mut [Candidates],
+    ) {
+        let compute = (self.kernels, &*self.pool);
+        let exact = self.head.candidates(&self.model, compute, &hidden.data, needs, work, out);
+        if !exact.is_empty() {
+            let picked = ops.pick(hidden, exact.iter().copied());
+            let logits = self.model.logits(ops, &picked);
+            for (&t, logits) in exact.iter().zip(logits.data.chunks_exact(logits.width)) {
+                out[t].set_all(logits);
+            }
+            ops.release(picked);
+            ops.release(logits);
+        }
     }
 
     /// A new sequence of at most `limit` positions (the model's own limit if `None`).
@@ -196,13 +223,13 @@ pub type Taps = Vec<(Tap, Vec<f32>)>;
 /// One sequence: its cache, and the logits after its last token.
 #[derive(Debug)]
 pub struct Session<'e> {
-    engine: &'e Engine,
-    cache: KvCache,
-    work: Workspace,
-    ids: Vec<u32>,
-    logits: Vec<f32>,
-    candidates: Vec<Candidates>,
-    head: HeadWork,
+    pub(crate) engine: &'e Engine,
+    pub(crate) cache: KvCache,
+    pub(crate) work: Workspace,
+    pub(crate) ids: Vec<u32>,
+    pub(crate) logits: Vec<f32>,
+    pub(crate) candidates: Vec<Candidates>,
+    pub(crate) head: HeadWork,
 }
 
 impl<'e> Session<'e> {
@@ -353,7 +380,7 @@ impl<'e> Session<'e> {
         Ok(())
     }
 
-    fn check(&self, ids: &[u32]) -> Result<(), ModelError> {
+    pub(crate) fn check(&self, ids: &[u32]) -> Result<(), ModelError> {
         if ids.is_empty() {
             return Err(ModelError::EmptyPrompt);
         }
@@ -396,18 +423,7 @@ impl<'e> Session<'e> {
             }
             Want::Candidates(n, need) => {
                 self.candidates.resize_with(n, Candidates::default);
-                let (work, out) = (&mut self.head, &mut self.candidates[..]);
-                let head = &self.engine.head;
-                let exact = head.candidates(model, (kernels, pool), &hidden.data, &vec![need; n], work, out);
-                if !exact.is_empty() {
-                    let picked = ops.pick(&hidden, exact.iter().copied());
-                    let logits = model.logits(&mut ops, &picked);
-                    for (&t, logits) in exact.iter().zip(logits.data.chunks_exact(logits.width)) {
-                        self.candidates[t].set_all(logits);
-                    }
-                    ops.release(picked);
-                    ops.release(logits);
-                }
+                self.engine.choose(&mut ops, &hidden, &vec![need; n], &mut self.head, &mut self.candidates);
             }
         }
         ops.release(hidden);

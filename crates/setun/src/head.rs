@@ -232,19 +232,18 @@ impl Head {
         })
     }
 
-    /// Bytes that choosing one token has read on average, if there is a shortlist; without rows before the first one.
-    pub(crate) fn bytes_per_token(&self) -> Option<usize> {
+    /// Bytes that choosing a token for each of so many sequences reads, if there is a shortlist, as it went so far: without rows
+    /// before the first one.
+    pub(crate) fn bytes_per_step(&self, sequences: usize) -> Option<usize> {
         let listed = self.0.as_ref()?;
-        let (stats, plane) = (self.stats(), listed.list.bytes() as u64);
-        let HeadStats { shortlisted, rows, fallbacks, exact } = stats;
-        let tokens = shortlisted + fallbacks + exact;
-        if tokens == 0 {
-            return Some(listed.list.bytes());
-        }
-        let total = plane * (shortlisted + fallbacks)
-            + rows * listed.row_bytes as u64
-            + listed.bytes as u64 * (fallbacks + exact);
-        Some((total / tokens) as usize)
+        let HeadStats { shortlisted, rows, fallbacks, exact } = self.stats();
+        let (planes, tokens) = (sequences.div_ceil(TOGETHER), shortlisted + fallbacks + exact);
+        let share = |count: u64| count as f64 / tokens.max(1) as f64;
+        let tried = if tokens == 0 { 1.0 } else { share(shortlisted + fallbacks) };
+        let read = tried * (planes * listed.list.bytes()) as f64
+            + share(rows) * (sequences * listed.row_bytes) as f64
+            + share(fallbacks + exact) * listed.bytes as f64;
+        Some(read as usize)
     }
 
     /// What `needs` ask for of each row of `hidden`, `[out.len(), hidden_size]`, into `out`. Returns the rows for which the exact

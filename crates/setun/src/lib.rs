@@ -6,6 +6,7 @@
 //! token (as [`recommended`] by the model's makers or otherwise asked), [`generate`] puts them together and [`stop`] watches for strings that end a text. [`inspect`] tells what a file
 //! holds, [`eval`] scores a model, [`convert`] rewrites one. [`hub`] fetches models and keeps them. [`error`] says why something could not be done.
 
+mod batch;
 pub mod chat;
 pub mod config;
 pub mod convert;

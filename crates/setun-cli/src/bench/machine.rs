@@ -35,9 +35,25 @@ impl Machine {
     }
 }
 
+impl Machine {
+    /// The CPU and its cores, for a headline.
+    pub fn title(&self) -> String {
+        format!("{}, {} cores", self.cpu.as_deref().unwrap_or("unknown CPU"), self.physical_cores)
+    }
+}
+
 fn memory() -> Option<usize> {
-    let total = field("/proc/meminfo", "MemTotal")?;
-    Some(total.strip_suffix("kB")?.trim().parse::<usize>().ok()? * 1024)
+    memory_field("MemTotal")
+}
+
+/// Bytes that a process could get now.
+pub fn available_memory() -> Option<usize> {
+    memory_field("MemAvailable")
+}
+
+fn memory_field(name: &str) -> Option<usize> {
+    let value = field("/proc/meminfo", name)?;
+    Some(value.strip_suffix("kB")?.trim().parse::<usize>().ok()? * 1024)
 }
 
 /// The first value called `name` in a file of `name: value` lines.

@@ -3,25 +3,28 @@
 use std::time::Instant;
 
 use serde::Serialize;
-use setun::config::ActivationType;
-use setun::config::ModelConfig;
-use setun::engine::{Engine, PREFILL_BATCH};
+use setun::engine::{Engine, PREFILL_BATCH, Session};
 use setun::error::ModelError;
 use setun::head::LogitsNeed;
 use setun::kv_cache::KvType;
 use setun_kernels::peak;
 
+use super::energy::Meter;
 use super::random::Random;
+use super::work::{Precision, Work};
 
 /// What to measure.
 pub struct Plan<'a> {
     pub prefill: &'a [usize],
     pub decode: &'a [usize],
     /// Tokens in the context before decoding starts.
-    pub depth: usize,
+    pub depths: &'a [usize],
+    /// Sequences that are decoded at once.
+    pub batches: &'a [usize],
     pub repeats: usize,
     pub kv: KvType,
     pub seed: u64,
+    pub precision: Precision,
 }
 
 /// The machine's limits with one kernel set and number of threads.
@@ -41,37 +44,88 @@ impl Peaks {
             float_gflop_per_s: peak::float_peak(kernels, pool) / 1e9,
         }
     }
+
+    /// The higher of each: a limit that noise lowered would flatter.
+    pub fn highest(self, other: Self) -> Self {
+        Self {
+            read_gb_per_s: self.read_gb_per_s.max(other.read_gb_per_s),
+            int8_gmac_per_s: self.int8_gmac_per_s.max(other.int8_gmac_per_s),
+            float_gflop_per_s: self.float_gflop_per_s.max(other.float_gflop_per_s),
+        }
+    }
+
+    /// What a change of tells that the machine was not free.
+    pub fn drifting(&self) -> [f64; 2] {
+        [self.read_gb_per_s, self.float_gflop_per_s]
+    }
 }
 
 /// Times of one phase, before they are compared with anything.
 pub struct Run {
     phase: &'static str,
     tokens: usize,
+    depth: usize,
+    batch: usize,
     threads: usize,
     kernel: &'static str,
-    bytes_per_token: f64,
+    weight_bytes: f64,
+    kv_bytes: f64,
+    /// Of all its tokens.
+    work: Work,
     seconds: Vec<f64>,
+    joules: Option<f64>,
 }
 
 /// One line of the results.
-#[derive(Serialize)]
+#[derive(Serialize, Clone)]
 pub struct Measured {
     pub phase: &'static str,
+    /// Tokens read, or written by each sequence.
     pub tokens: usize,
+    /// Tokens in the context before.
+    pub depth: usize,
     pub batch: usize,
     pub threads: usize,
     pub kernel: &'static str,
-    /// Of the fastest repeat.
+    /// Of the fastest repeat; of all sequences together.
     pub tokens_per_s: f64,
     pub tokens_per_s_median: f64,
-    /// Bytes of weights read, per token.
+    /// Of the slowest repeat.
+    pub tokens_per_s_least: f64,
+    /// Bytes read per token: weights, shared by what is computed in one pass, and cached keys and values.
     pub bytes_per_token: f64,
+    pub weight_bytes_per_token: f64,
+    pub kv_bytes_per_token: f64,
+    pub gb_per_s: f64,
     /// Of the limit named in the command's help.
     pub share: f64,
+    /// Of the read bandwidth.
+    pub read_share: f64,
+    /// Integer multiply-adds per second.
+    pub int8_gmac_per_s_reached: f64,
+    /// Of the integer peak.
+    pub int8_share: f64,
+    /// Of the time that integer and float arithmetic take at their peaks.
+    pub arithmetic_share: f64,
+    /// Multiply-adds, integer and float, per byte read.
+    pub macs_per_byte: f64,
+    /// Those multiply-adds per second.
+    pub gmac_per_s: f64,
+    /// By the processor's counters, over all repeats; all that the processor did counts.
+    pub joules_per_token_measured: Option<f64>,
     pub repeats: usize,
     pub read_gb_per_s: f64,
     pub int8_gmac_per_s: f64,
     pub float_gflop_per_s: f64,
+}
+
+/// Seconds from nothing cached to the logits after a short prompt, of the first pass that a fresh engine runs.
+pub fn first_pass(engine: &Engine, plan: &Plan) -> Result<f64, ModelError> {
+    let ids = random_ids(engine, 16, plan.seed);
+    let mut session = engine.session(plan.kv, Some(ids.len()));
+    let started = Instant::now();
+    session.feed(&ids)?;
+    Ok(started.elapsed().as_secs_f64())
 }
 
 /// Everything in `plan`, on `engine`.
@@ -82,50 +136,118 @@ pub fn all(engine: &Engine, plan: &Plan, busy: &dyn Fn(String)) -> Result<Vec<Ru
         busy(format!("{setting}: prefill {tokens}"));
         runs.push(prefill(engine, plan, tokens)?);
     }
+    let per_position = kv_bytes_per_position(engine, plan.kv)?;
     for &tokens in plan.decode.iter().filter(|&&tokens| tokens > 0) {
-        busy(format!("{setting}: decode {tokens}"));
-        runs.push(decode(engine, plan, tokens)?);
+        for &depth in plan.depths {
+            for &batch in plan.batches {
+                busy(format!("{setting}: decode {tokens} after {depth}, {batch} at once"));
+                runs.push(decode(engine, plan, [tokens, depth, batch], per_position)?);
+            }
+        }
     }
     Ok(runs)
+}
+
+/// Times of all repeats and the energy of one of them, where it is counted.
+fn repeat(
+    repeats: usize,
+    mut once: impl FnMut() -> Result<f64, ModelError>,
+) -> Result<(Vec<f64>, Option<f64>), ModelError> {
+    let meter = Meter::start();
+    let seconds = (0..repeats).map(|_| once()).collect::<Result<_, ModelError>>()?;
+    Ok((seconds, meter.joules().map(|joules| joules / repeats.max(1) as f64)))
 }
 
 fn prefill(engine: &Engine, plan: &Plan, tokens: usize) -> Result<Run, ModelError> {
     let ids = random_ids(engine, tokens, plan.seed);
     let mut session = engine.session(plan.kv, Some(tokens));
     session.feed(&ids)?; // Brings pages and caches into the state they keep.
-    let mut time = || {
+    let (seconds, joules) = repeat(plan.repeats, || {
         session.clear();
         let started = Instant::now();
         session.feed(&ids)?;
         Ok(started.elapsed().as_secs_f64())
-    };
-    let seconds = (0..plan.repeats).map(|_| time()).collect::<Result<_, ModelError>>()?;
+    })?;
     // Every batch of the prompt reads all weights that it needs once.
     let passes = tokens.div_ceil(PREFILL_BATCH);
     let pass = engine.bytes_per_pass(tokens.min(PREFILL_BATCH));
-    let bytes_per_token = (pass * passes) as f64 / tokens as f64;
-    Ok(Run::new("prefill", tokens, engine, bytes_per_token, seconds))
+    Ok(Run {
+        phase: "prefill",
+        tokens,
+        depth: 0,
+        batch: 1,
+        threads: engine.pool().threads(),
+        kernel: engine.kernels().name(),
+        weight_bytes: (pass * passes) as f64 / tokens as f64,
+        kv_bytes: 0.0,
+        work: Work::of(engine.config(), [tokens, 0, 1], plan.precision),
+        seconds,
+        joules,
+    })
 }
 
-fn decode(engine: &Engine, plan: &Plan, tokens: usize) -> Result<Run, ModelError> {
-    let ids = random_ids(engine, plan.depth + tokens, plan.seed);
-    let (context, ids) = ids.split_at(plan.depth);
-    let mut session = engine.session(plan.kv, Some(plan.depth + tokens));
-    session.feed(context)?;
-    session.feed(&ids[..1])?;
-    let mut time = || {
-        let known = session.truncate(plan.depth);
-        if known < plan.depth {
-            session.feed(&context[known..])?; // Recurrent layers go back to the end of a prompt at best.
+fn decode(
+    engine: &Engine,
+    plan: &Plan,
+    [tokens, depth, batch]: [usize; 3],
+    per_position: f64,
+) -> Result<Run, ModelError> {
+    let ids = random_ids(engine, depth + tokens, plan.seed);
+    let (context, ids) = ids.split_at(depth);
+    let mut sessions: Vec<Session> =
+        (0..batch).map(|_| engine.session(plan.kv, Some(depth + tokens))).collect();
+    // As `run` does: of the head, what choosing the likeliest token needs.
+    let greedy = LogitsNeed::greedy();
+    let write = |sessions: &mut [Session], id: u32| match sessions {
+        [one] => one.feed_for(&[id], 1, &greedy).map(|_| ()),
+        many => engine.decode_batch_for(many, &vec![id; batch], &vec![&greedy; batch]),
+    };
+    for session in &mut sessions {
+        session.feed(context)?;
+    }
+    write(&mut sessions, ids[0])?; // Brings pages and caches into the state they keep.
+    let (seconds, joules) = repeat(plan.repeats, || {
+        for session in &mut sessions {
+            let known = session.truncate(depth);
+            if known < depth {
+                session.feed(&context[known..])?; // Recurrent layers go back to the end of a prompt at best.
+            }
         }
         let started = Instant::now();
-        for id in ids {
-            session.feed_for(std::slice::from_ref(id), 1, &LogitsNeed::greedy())?;
+        for &id in ids {
+            write(&mut sessions, id)?;
         }
         Ok(started.elapsed().as_secs_f64())
+    })?;
+    let config = engine.config();
+    let one = Work::of(config, [tokens, depth, tokens], plan.precision);
+    // Layers with a window read no further back; the average over layers and tokens.
+    let seen = |at: usize| -> usize { config.windows.iter().map(|w| w.map_or(at, |w| at.min(w))).sum() };
+    let all: usize = (depth + 1..=depth + tokens).map(seen).sum();
+    let positions = all as f64 / (tokens * config.num_layers) as f64;
+    Ok(Run {
+        phase: "decode",
+        tokens,
+        depth,
+        batch,
+        threads: engine.pool().threads(),
+        kernel: engine.kernels().name(),
+        weight_bytes: engine.bytes_per_step(batch) as f64 / batch as f64,
+        kv_bytes: per_position * positions,
+        work: Work { int8_macs: one.int8_macs * batch as f64, float_flops: one.float_flops * batch as f64 },
+        seconds,
+        joules,
+    })
+}
+
+/// Bytes that the cache takes for one position: what a longer one takes more.
+fn kv_bytes_per_position(engine: &Engine, kv: KvType) -> Result<f64, ModelError> {
+    let bytes = |limit: usize| {
+        let mut session = engine.session(kv, Some(limit));
+        session.feed(&[0])?;
+        Ok::<_, ModelError>(session.cache_bytes() as f64)
     };
-    let seconds = (0..plan.repeats).map(|_| time()).collect::<Result<_, ModelError>>()?;
-    Ok(Run::new("decode", tokens, engine, engine.bytes_per_token() as f64, seconds))
+    Ok((bytes(256)? - bytes(128)?) / 128.0)
 }
 
 fn random_ids(engine: &Engine, count: usize, seed: u64) -> Vec<u32> {
@@ -134,41 +256,42 @@ fn random_ids(engine: &Engine, count: usize, seed: u64) -> Vec<u32> {
 }
 
 impl Run {
-    fn new(
-        phase: &'static str,
-        tokens: usize,
-        engine: &Engine,
-        bytes_per_token: f64,
-        mut seconds: Vec<f64>,
-    ) -> Self {
-        seconds.sort_by(f64::total_cmp);
-        let (threads, kernel) = (engine.pool().threads(), engine.kernels().name());
-        Self { phase, tokens, threads, kernel, bytes_per_token, seconds }
-    }
-
     /// The result, with its share of the limit that `peaks` set.
-    pub fn against(&self, peaks: &Peaks, config: &ModelConfig, activations: ActivationType) -> Measured {
-        let rate = |seconds: f64| self.tokens as f64 / seconds.max(1e-12);
-        let (best, median) = (self.seconds[0], self.seconds[self.seconds.len() / 2]);
-        let share = if self.phase == "decode" {
-            self.bytes_per_token * rate(best) / (peaks.read_gb_per_s * 1e9)
-        } else {
-            let work = Work::of_prefill(config, self.tokens, activations);
-            let least = work.int8_macs / (peaks.int8_gmac_per_s * 1e9)
-                + work.float_flops / (peaks.float_gflop_per_s * 1e9);
-            least / best.max(1e-12)
-        };
+    pub fn against(&self, peaks: &Peaks) -> Measured {
+        let mut seconds = self.seconds.clone();
+        seconds.sort_by(f64::total_cmp);
+        let tokens = (self.tokens * self.batch) as f64;
+        let rate = |seconds: f64| tokens / seconds.max(1e-12);
+        let (best, median) = (seconds[0].max(1e-12), seconds[seconds.len() / 2]);
+        let bytes = self.weight_bytes + self.kv_bytes;
+        let read_share = bytes * rate(best) / (peaks.read_gb_per_s * 1e9);
+        let least = self.work.seconds(peaks.int8_gmac_per_s * 1e9, peaks.float_gflop_per_s * 1e9);
+        let arithmetic_share = least / best;
+        let macs = self.work.int8_macs + self.work.float_flops / 2.0;
+        let int8 = self.work.int8_macs / best / 1e9;
         Measured {
             phase: self.phase,
             tokens: self.tokens,
-            batch: 1,
+            depth: self.depth,
+            batch: self.batch,
             threads: self.threads,
             kernel: self.kernel,
             tokens_per_s: rate(best),
             tokens_per_s_median: rate(median),
-            bytes_per_token: self.bytes_per_token,
-            share,
-            repeats: self.seconds.len(),
+            tokens_per_s_least: rate(seconds[seconds.len() - 1]),
+            bytes_per_token: bytes,
+            weight_bytes_per_token: self.weight_bytes,
+            kv_bytes_per_token: self.kv_bytes,
+            gb_per_s: bytes * rate(best) / 1e9,
+            share: if self.phase == "decode" { read_share } else { arithmetic_share },
+            read_share,
+            int8_gmac_per_s_reached: int8,
+            int8_share: int8 / peaks.int8_gmac_per_s,
+            arithmetic_share,
+            macs_per_byte: macs / (bytes * tokens),
+            gmac_per_s: macs / best / 1e9,
+            joules_per_token_measured: self.joules.map(|joules| joules / tokens),
+            repeats: seconds.len(),
             read_gb_per_s: peaks.read_gb_per_s,
             int8_gmac_per_s: peaks.int8_gmac_per_s,
             float_gflop_per_s: peaks.float_gflop_per_s,
@@ -176,72 +299,41 @@ impl Run {
     }
 }
 
-/// Arithmetic that a pass cannot do without: matrix products, attention's two products, and the head of the last
-/// position. Norms, softmax and the like are overhead, so they count against the share.
-struct Work {
-    int8_macs: f64,
-    float_flops: f64,
-}
-
-impl Work {
-    fn of_prefill(c: &ModelConfig, tokens: usize, activations: ActivationType) -> Self {
-        let mut work = Self { int8_macs: 0.0, float_flops: 0.0 };
-        let mut product = |name: &str, rows: usize, macs: f64| match c.is_ternary(name)
-            && activations == ActivationType::Int8
-        {
-            true => work.int8_macs += rows as f64 * macs,
-            false => work.float_flops += 2.0 * rows as f64 * macs,
-        };
-        for n in 0..c.num_layers {
-            for (name, outputs, inputs) in c.mixer_weights(n) {
-                product(&format!("model.layers.{n}.{name}"), tokens, (inputs * outputs) as f64);
-            }
-            // One expert stands for all: the experts of a token are as wide together as their number says.
-            let (mlp, width) = match c.experts_in(n) {
-                None => (format!("model.layers.{n}.mlp"), c.intermediate_size),
-                Some(experts) => {
-                    product(
-                        &format!("model.layers.{n}.mlp.gate"),
-                        tokens,
-                        (c.hidden_size * experts.count) as f64,
-                    );
-                    (format!("model.layers.{n}.mlp.experts.0"), experts.used * experts.intermediate_size)
-                }
-            };
-            for name in ["gate_proj", "up_proj", "down_proj"] {
-                product(&format!("{mlp}.{name}"), tokens, (c.hidden_size * width) as f64);
-            }
-        }
-        product("lm_head", 1, (c.hidden_size * c.vocab_size) as f64);
-        for (n, window) in c.windows.iter().enumerate() {
-            work.float_flops += match c.delta_net(n) {
-                // Two products with the state and its update, the decay in one of them.
-                Some(net) => 7.0 * (tokens * net.values() * net.head_dim) as f64,
-                None => {
-                    let seen: usize = (1..=tokens).map(|t| window.map_or(t, |w| t.min(w))).sum();
-                    4.0 * (seen * c.heads * c.head_dim) as f64
-                }
-            };
-        }
-        work
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use setun::config::ActivationType;
+
+    use super::super::random;
     use super::*;
 
     #[test]
-    fn prefill_of_one_token_multiplies_every_weight_once() {
-        let shape = super::super::random::shape("tiny").unwrap();
-        let engine = super::super::random::engine(shape, &Default::default(), 1).unwrap();
-        let (config, tokens) = (engine.config(), 3);
-        let work = Work::of_prefill(config, tokens, ActivationType::Int8);
-        assert_eq!(work.int8_macs, (tokens * config.block_weights()) as f64);
-        let head = 2 * config.hidden_size * config.vocab_size;
-        let attention = config.num_layers * 4 * (1 + 2 + 3) * config.hidden_size;
-        assert_eq!(work.float_flops, (head + attention) as f64);
-        let float = Work::of_prefill(config, tokens, ActivationType::Float);
-        assert_eq!(float.int8_macs, 0.0);
+    fn a_token_reads_the_weights_its_batch_shares_and_its_own_cache() {
+        let shape = random::shape("tiny").unwrap();
+        let engine = random::engine(shape, random::Kind::Ternary, &Default::default(), 1).unwrap();
+        // Two for keys and values, two bytes each.
+        let per_position = kv_bytes_per_position(&engine, KvType::F16).unwrap();
+        let config = engine.config();
+        assert_eq!(per_position, (2 * 2 * config.num_layers * config.kv_heads * config.head_dim) as f64);
+        let precision = Precision { activations: ActivationType::Int8, ternary_head: false };
+        let plan = Plan {
+            prefill: &[],
+            decode: &[3],
+            depths: &[5],
+            batches: &[1, 4],
+            repeats: 2,
+            kv: KvType::F16,
+            seed: 1,
+            precision,
+        };
+        let runs = all(&engine, &plan, &|_| {}).unwrap();
+        let peaks = Peaks { read_gb_per_s: 1.0, int8_gmac_per_s: 1.0, float_gflop_per_s: 1.0 };
+        for (run, batch) in runs.iter().zip([1, 4]) {
+            let measured = run.against(&peaks);
+            assert_eq!((measured.batch, measured.depth, measured.repeats), (batch, 5, 2));
+            assert_eq!(measured.weight_bytes_per_token * batch as f64, engine.bytes_per_token() as f64);
+            assert_eq!(measured.kv_bytes_per_token, 7.0 * per_position);
+            assert!(measured.tokens_per_s >= measured.tokens_per_s_median);
+            assert!(measured.tokens_per_s_median >= measured.tokens_per_s_least);
+        }
     }
 }

@@ -1,15 +1,19 @@
 //! Models of known shapes with random weights, made as fast as memory takes them.
 
 use anyhow::Result;
-use half::f16;
-use setun::config::{Activation, ModelConfig, Shape};
+use half::vec::HalfBitsVecExt;
+use half::{bf16, f16};
+use setun::config::{
+    Activation, ActivationType, Family, ModelConfig, Numerics, Rope, Shape, Storage, Ternary,
+};
 use setun::cpu::CpuMatrix;
 use setun::engine::{Engine, EngineOptions};
 use setun::error::ModelError;
 use setun::model::{Model, Role, Source};
 use setun_kernels::dense::{DenseData, DenseMatrix};
+use setun_kernels::matrix::MatrixError;
 use setun_kernels::threads::{Pool, physical_cores_allowed};
-use setun_kernels::{Kernels, PackedMatrix, Scales, TernaryMatrix};
+use setun_kernels::{Kernels, PackedMatrix, Scales, TernaryMatrix, advise_huge_pages};
 
 /// Share of zeros among trained ternary weights, as measured on BitNet-b1.58-2B-4T.
 const ZEROS: f64 = 0.42;
@@ -17,7 +21,48 @@ const ZEROS: f64 = 0.42;
 pub struct NamedShape {
     pub name: &'static str,
     shape: Shape,
+    /// Qwen3: heads of 128 with norms, ternary everywhere with a scale for every 128 weights of a row.
+    qwen3: bool,
 }
+
+/// What random weights are stored in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    F32,
+    F16,
+    Bf16,
+    Q8_0,
+    Q4_0,
+    /// The blocks in trits; embedding and head in bf16, as BitNet-b1.58-2B-4T has them, or in trits too where the shape is so.
+    Ternary,
+}
+
+impl Kind {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::Bf16 => "BF16",
+            Self::Q8_0 => "Q8_0",
+            Self::Q4_0 => "Q4_0",
+            Self::Ternary => "ternary",
+        }
+    }
+
+    /// Bits of a weight in the blocks, scales included.
+    pub fn bits(self) -> f64 {
+        match self {
+            Self::F32 => 32.0,
+            Self::F16 | Self::Bf16 => 16.0,
+            Self::Q8_0 => 8.5,
+            Self::Q4_0 => 4.5,
+            Self::Ternary => 2.0,
+        }
+    }
+}
+
+/// Weights that share a scale in the shapes of Qwen3.
+const GROUP: usize = 128;
 
 /// A Llama-like shape: SiLU, no sub-norms.
 const fn llama(
@@ -39,13 +84,20 @@ const fn llama(
         sub_norms: false,
         activation: Activation::Silu,
     };
-    NamedShape { name, shape }
+    NamedShape { name, shape, qwen3: false }
 }
 
 /// The same with BitNet's sub-norms and squared ReLU.
 const fn bitnet(mut named: NamedShape) -> NamedShape {
     named.shape.sub_norms = true;
     named.shape.activation = Activation::Relu2;
+    named
+}
+
+/// Qwen3 as published: SiLU, norms of queries and keys, eight key heads.
+const fn qwen3(name: &'static str, [hidden, inner, layers, heads]: [usize; 4], tied: bool) -> NamedShape {
+    let mut named = llama(name, [hidden, inner, layers, heads, 8], 151_936, tied);
+    named.qwen3 = true;
     named
 }
 
@@ -59,6 +111,9 @@ static SHAPES: &[NamedShape] = &[
     llama("3b", [3200, 8640, 26, 32, 32], 32000, false),
     llama("7b", [4096, 11008, 32, 32, 32], 32000, false),
     llama("8b", [4096, 14336, 32, 32, 8], 128_256, false),
+    qwen3("qwen3-1.7b", [2048, 6144, 28, 16], true),
+    qwen3("qwen3-4b", [2560, 9728, 36, 32], true),
+    qwen3("qwen3-8b", [4096, 12288, 36, 32], false),
 ];
 
 /// The shape of this name, for clap.
@@ -69,12 +124,37 @@ pub fn shape(name: &str) -> Result<&'static NamedShape, String> {
     })
 }
 
-/// A model of `shape` with weights that depend on `seed` alone.
-pub fn engine(shape: &NamedShape, options: &EngineOptions, seed: u64) -> Result<Engine> {
+impl NamedShape {
+    /// Whether embedding and head are ternary as well.
+    pub fn ternary_head(&self) -> bool {
+        self.qwen3
+    }
+
+    /// The configuration with weights of `kind`.
+    pub fn config(&self, kind: Kind) -> Result<ModelConfig, ModelError> {
+        let mut config = ModelConfig::fresh(&self.shape, kind == Kind::Ternary)?;
+        if self.qwen3 {
+            config.family = Family::Qwen3;
+            config.qk_norm = true;
+            config.head_dim = 128;
+            config.rope = Rope::new(1e6, config.head_dim);
+            if kind == Kind::Ternary {
+                let activations = ActivationType::Float;
+                let ternary = Ternary { activations, storage: Storage::SelfDescribed, exceptions: None };
+                config.numerics = Numerics::Ternary(ternary);
+            }
+        }
+        Ok(config)
+    }
+}
+
+/// A model of `shape` with weights of `kind` that depend on `seed` alone.
+pub fn engine(shape: &NamedShape, kind: Kind, options: &EngineOptions, seed: u64) -> Result<Engine> {
     let pool = Pool::new(options.threads.unwrap_or_else(physical_cores_allowed));
     let kernels = options.kernels.unwrap_or_else(Kernels::best);
-    let config = ModelConfig::fresh(&shape.shape, true)?;
-    let model = Model::build(config, &mut RandomSource::new(kernels, &pool, seed))?;
+    let mut source = RandomSource::new(kernels, &pool, seed);
+    (source.kind, source.groups, source.tied) = (kind, shape.qwen3, shape.shape.tied);
+    let model = Model::build(shape.config(kind)?, &mut source)?;
     Ok(Engine::from_model(model, options))
 }
 
@@ -88,7 +168,11 @@ struct RandomSource<'a> {
     /// Bytes of four codes, with the right share of zeros.
     codes: Vec<u8>,
     /// Small values around 0.
-    floats: Vec<f16>,
+    floats: Vec<f32>,
+    kind: Kind,
+    /// Whether all matrices are ternary, with scales for groups of a row.
+    groups: bool,
+    tied: bool,
 }
 
 impl<'a> RandomSource<'a> {
@@ -101,13 +185,14 @@ impl<'a> RandomSource<'a> {
         };
         let byte = |random: &mut Random| (0..4).fold(0, |byte, _| byte << 2 | code(random));
         let codes = (0..1 << TABLE_BITS).map(|_| byte(&mut random)).collect();
-        let floats = (0..1 << TABLE_BITS).map(|_| f16::from_f64((random.unit() - 0.5) * 0.1)).collect();
-        Self { kernels, pool, random, codes, floats }
+        let floats = (0..1 << TABLE_BITS).map(|_| ((random.unit() - 0.5) * 0.1) as f32).collect();
+        Self { kernels, pool, random, codes, floats, kind: Kind::Ternary, groups: false, tied: true }
     }
 
     /// `len` draws from `table`; the same on any number of threads.
     fn draw<T: Copy + Default + Send + Sync>(table: &[T], len: usize, seed: u64, pool: &Pool) -> Vec<T> {
         let mut out = vec![T::default(); len];
+        advise_huge_pages(&mut out);
         pool.run_chunks_mut(&mut out, 1 << 16, |chunk, part| {
             let mut random = Random(seed ^ (chunk as u64) << 32);
             for group in part.chunks_mut((64 / TABLE_BITS) as usize) {
@@ -122,6 +207,50 @@ impl<'a> RandomSource<'a> {
     }
 }
 
+impl RandomSource<'_> {
+    fn ternary(&self, rows: usize, cols: usize, seed: u64) -> Result<TernaryMatrix, MatrixError> {
+        let codes = Self::draw(&self.codes, rows * cols.div_ceil(4), seed, self.pool);
+        // Outputs keep the size of inputs.
+        let scale = 1.0 / ((1.0 - ZEROS as f32) * cols as f32).sqrt();
+        let scales = match self.groups {
+            false => Scales::Tensor(scale),
+            true => {
+                // As files hold them, in half precision.
+                let scale = f16::from_f32(scale).to_f32();
+                Scales::Block { rows: 1, cols: GROUP, values: vec![scale; rows * cols.div_ceil(GROUP)] }
+            }
+        };
+        TernaryMatrix::new(rows, cols, codes, scales)
+    }
+
+    fn dense(&self, rows: usize, cols: usize, seed: u64) -> DenseData {
+        let count = rows * cols;
+        // As integers, whose zeros the system gives untouched, so that the advice on pages comes first.
+        let halves = |bits: fn(f32) -> u16| {
+            let table: Vec<u16> = self.floats.iter().map(|&value| bits(value)).collect();
+            Self::draw(&table, count, seed, self.pool)
+        };
+        let blocks = |bytes: usize, scale: f32| {
+            let table: Vec<u8> = (0..1 << TABLE_BITS).map(|i| ((i * 167) >> 4) as u8).collect();
+            let mut out = Self::draw(&table, rows * (cols / 32) * bytes, seed, self.pool);
+            let scale = f16::from_f32(scale).to_le_bytes();
+            self.pool.run_chunks_mut(&mut out, bytes << 12, |_, part| {
+                part.chunks_exact_mut(bytes).for_each(|block| block[..2].copy_from_slice(&scale));
+            });
+            out
+        };
+        match self.kind {
+            Kind::F32 => DenseData::F32(Self::draw(&self.floats, count, seed, self.pool)),
+            Kind::F16 => DenseData::F16(halves(|x| f16::from_f32(x).to_bits()).reinterpret_into()),
+            Kind::Bf16 | Kind::Ternary => {
+                DenseData::BF16(halves(|x| bf16::from_f32(x).to_bits()).reinterpret_into())
+            }
+            Kind::Q8_0 => DenseData::Q8_0(blocks(34, 0.05 / 128.0)),
+            Kind::Q4_0 => DenseData::Q4_0(blocks(18, 0.05 / 8.0)),
+        }
+    }
+}
+
 impl Source for RandomSource<'_> {
     type Matrix = CpuMatrix;
     type Vector = Vec<f32>;
@@ -129,14 +258,16 @@ impl Source for RandomSource<'_> {
     fn matrix(&mut self, name: &str, rows: usize, cols: usize, role: Role) -> Result<CpuMatrix, ModelError> {
         let seed = self.random.next();
         let wrong = |why: String| ModelError::Tensor { name: name.to_owned(), what: why };
-        if role == Role::Ternary {
-            let codes = Self::draw(&self.codes, rows * cols.div_ceil(4), seed, self.pool);
-            // Outputs keep the size of inputs.
-            let scale = Scales::Tensor(1.0 / ((1.0 - ZEROS as f32) * cols as f32).sqrt());
-            let matrix = TernaryMatrix::new(rows, cols, codes, scale).map_err(|e| wrong(e.to_string()))?;
-            return Ok(CpuMatrix::Ternary(PackedMatrix::pack(&matrix, self.kernels, self.pool)));
+        if self.kind == Kind::Ternary && (role == Role::Ternary || self.groups) {
+            let matrix = self.ternary(rows, cols, seed).map_err(|e| wrong(e.to_string()))?;
+            let product = || PackedMatrix::pack(&matrix, self.kernels, self.pool);
+            return Ok(match role {
+                Role::Embedding if self.tied => CpuMatrix::Tied { product: product(), rows: matrix },
+                Role::Embedding => CpuMatrix::Codes(matrix),
+                _ => CpuMatrix::Ternary(product()),
+            });
         }
-        let data = DenseData::F16(Self::draw(&self.floats, rows * cols, seed, self.pool));
+        let data = self.dense(rows, cols, seed);
         DenseMatrix::new(rows, cols, data).map(CpuMatrix::Dense).map_err(|e| wrong(e.to_string()))
     }
 
@@ -178,15 +309,32 @@ mod tests {
             ("3b", 3.4e9),
             ("7b", 6.74e9),
             ("8b", 8.03e9),
+            ("qwen3-1.7b", 1.72e9),
+            ("qwen3-4b", 4.02e9),
+            ("qwen3-8b", 8.19e9),
         ] {
-            let config = ModelConfig::fresh(&shape(name).unwrap().shape, true).unwrap();
+            let config = shape(name).unwrap().config(Kind::Ternary).unwrap();
             let ratio = config.parameters() as f64 / parameters;
             assert!((0.9..1.1).contains(&ratio), "{name}: {} parameters", config.parameters());
         }
-        assert_eq!(
-            ModelConfig::fresh(&shape("2b4t").unwrap().shape, true).unwrap().block_weights(),
-            2_084_044_800
-        );
+        assert_eq!(shape("2b4t").unwrap().config(Kind::Ternary).unwrap().block_weights(), 2_084_044_800);
+    }
+
+    #[test]
+    fn every_kind_of_weights_runs_and_takes_its_bits() {
+        let options = EngineOptions { threads: Some(2), ..Default::default() };
+        for kind in [Kind::F32, Kind::F16, Kind::Bf16, Kind::Q8_0, Kind::Q4_0] {
+            let engine = engine(shape("125m").unwrap(), kind, &options, 1).unwrap();
+            let config = engine.config();
+            let weights = config.block_weights() + config.vocab_size * config.hidden_size;
+            assert_eq!(engine.bytes_per_token() as f64, weights as f64 * kind.bits() / 8.0, "{kind:?}");
+            let mut session = engine.session(Default::default(), Some(2));
+            let logits = session.feed(&[1, 2]).unwrap();
+            assert!(
+                logits.iter().all(|l| l.is_finite()) && logits.iter().any(|l| *l != logits[0]),
+                "{kind:?}"
+            );
+        }
     }
 
     #[test]

@@ -6,13 +6,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use setun::inspect::{Survey, TensorFacts, Values};
 
 use super::Facts;
-use crate::WrongUsage;
+use crate::output;
 
 const WIDTH: u32 = 1000;
 const HEAD: u32 = 64;
@@ -29,18 +29,6 @@ const INK: RGBColor = RGBColor(40, 40, 40);
 
 type Drawn<'a> = Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>>;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-
-/// Refuses other pictures before the model is read.
-pub(super) fn check(path: &Path) -> Result<()> {
-    match path.extension().and_then(|end| end.to_str()) {
-        Some(end) if end.eq_ignore_ascii_case("svg") => Ok(()),
-        _ => {
-            let what =
-                format!("the picture is written as SVG, so its name must end in .svg: {}", path.display());
-            Err(WrongUsage(what).into())
-        }
-    }
-}
 
 /// What is drawn of a kind's matrices in one layer.
 #[derive(Default, Clone)]
@@ -68,12 +56,7 @@ pub(super) fn draw(facts: &Facts, path: &Path) -> Result<()> {
     let name =
         facts.file.path().file_name().map_or_else(Default::default, |n| n.to_string_lossy().into_owned());
     picture(&name, &kinds, &mut svg).map_err(|e| anyhow::anyhow!("cannot draw {}: {e}", path.display()))?;
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(format!(".{}.tmp", std::process::id()));
-    let written = std::fs::write(&temporary, svg).and_then(|()| std::fs::rename(&temporary, path));
-    written
-        .inspect_err(|_| _ = std::fs::remove_file(&temporary))
-        .with_context(|| format!("cannot write {}", path.display()))
+    output::write_whole(path, &svg)
 }
 
 fn kinds(found: &Survey) -> Vec<Kind> {
@@ -252,13 +235,5 @@ mod tests {
             assert!(bars >= 31, "{bars} of {colour}");
         }
         assert!(svg.trim_end().ends_with("</svg>") && !svg.contains("NaN") && !svg.contains("inf"));
-    }
-
-    #[test]
-    fn only_svg_is_written() {
-        assert!(check(Path::new("a.svg")).is_ok() && check(Path::new("a.SVG")).is_ok());
-        for other in ["a.png", "svg", "a"] {
-            assert!(check(Path::new(other)).unwrap_err().to_string().contains(".svg"));
-        }
     }
 }

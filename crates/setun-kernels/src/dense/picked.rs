@@ -1,6 +1,7 @@
 //! Some rows of a dense matrix: the logits of a shortlist, and rows on their way to another form.
 
-use super::{Blocks, DenseData, DenseMatrix, Numbers, Row};
+use super::blocks::{Blocks, Q4_0, Q8_0};
+use super::{DenseData, DenseMatrix, Numbers, Row};
 use crate::Kernels;
 use crate::lanes::{Chunk, Job, LANES, Lanes, chunk_at};
 use crate::scratch::{Parts, with_scratch};
@@ -17,7 +18,8 @@ macro_rules! by_type {
             DenseData::F32(d) => $do!(Numbers<f32>, d),
             DenseData::F16(d) => $do!(Numbers<f16>, d),
             DenseData::BF16(d) => $do!(Numbers<bf16>, d),
-            DenseData::Q8_0(d) => $do!(Blocks, d),
+            DenseData::Q8_0(d) => $do!(Blocks<Q8_0>, d),
+            DenseData::Q4_0(d) => $do!(Blocks<Q4_0>, d),
         }
     };
 }
@@ -107,7 +109,7 @@ impl<'d, W: Row<'d>> Job for Picked<'_, 'd, W> {
             for (i, x) in x.iter().enumerate().take(now[0].whole()) {
                 let x = s.load(x);
                 for j in 0..TILE {
-                    next[j].prefetch(s, i, 0);
+                    s.prefetch(next[j].at(i));
                     sums[j] = s.fma(now[j].load(s, i), x, sums[j]);
                 }
             }

@@ -18,13 +18,16 @@ fn matrices(rows: usize, cols: usize) -> Vec<DenseMatrix> {
         DenseData::BF16(weights.iter().map(|&w| bf16::from_f32(w)).collect()),
         DenseData::F32(weights),
     ];
-    if cols.is_multiple_of(Q8_0_LEN) {
-        let mut bytes = Vec::new();
-        for block in 0..rows * cols / Q8_0_LEN {
-            bytes.extend(f16::from_f32(0.01 + block as f32 / 1000.0).to_le_bytes());
-            bytes.extend((0..32).map(|i| (block * 37 + i * 91) as u8));
-        }
-        all.push(DenseData::Q8_0(bytes));
+    if cols.is_multiple_of(BLOCK) {
+        let blocks = |quants: usize| {
+            let mut bytes = Vec::new();
+            for block in 0..rows * cols / BLOCK {
+                bytes.extend(f16::from_f32(0.01 + block as f32 / 1000.0).to_le_bytes());
+                bytes.extend((0..quants).map(|i| (block * 37 + i * 91) as u8));
+            }
+            bytes
+        };
+        all.extend([DenseData::Q8_0(blocks(32)), DenseData::Q4_0(blocks(16))]);
     }
     all.into_iter().map(|data| DenseMatrix::new(rows, cols, data).unwrap()).collect()
 }
@@ -77,6 +80,15 @@ fn rows_are_the_stored_values() {
     let expected: [f32; 32] = std::array::from_fn(|i| 0.5 * f32::from((i * 8) as u8 as i8));
     assert_eq!(row, expected);
     assert_eq!(matrix.bytes(), 34);
+    // Sixteen bytes: all nibbles, the high ones in falling order.
+    let q4: Vec<u8> =
+        [f16::from_f32(0.5).to_le_bytes().to_vec(), (0..16).map(|i| i | (15 - i) << 4).collect()].concat();
+    let matrix = DenseMatrix::new(1, 32, DenseData::Q4_0(q4)).unwrap();
+    matrix.row_f32(0, &mut row);
+    let nibble = |i: usize| if i < 16 { i as f32 } else { 31.0 - i as f32 };
+    let expected: [f32; 32] = std::array::from_fn(|i| 0.5 * (nibble(i) - 8.0));
+    assert_eq!(row, expected);
+    assert_eq!(matrix.bytes(), 18);
     let matrix =
         DenseMatrix::new(2, 1, DenseData::BF16(vec![bf16::from_f32(3.0), bf16::from_f32(-0.25)])).unwrap();
     matrix.row_f32(1, &mut row[..1]);
@@ -111,6 +123,8 @@ fn weights_that_do_not_fit_the_shape_are_refused_with_both_lengths() {
     assert_eq!(error, DenseError::Blocks { cols: 33 });
     let error = DenseMatrix::new(2, 64, DenseData::Q8_0(vec![0; 135])).unwrap_err();
     assert_eq!(error, DenseError::Length { rows: 2, cols: 64, expected: Some(136), found: 135 });
+    let error = DenseMatrix::new(1, 16, DenseData::Q4_0(vec![0; 9])).unwrap_err();
+    assert_eq!(error, DenseError::Blocks { cols: 16 });
     let error = DenseMatrix::new(usize::MAX, 2, DenseData::F16(Vec::new())).unwrap_err();
     assert!(error.to_string().contains("larger than memory"), "{error}");
 }

@@ -103,9 +103,11 @@ impl<'a> Row<'a> for Trits<'a> {
             padded
         })
     }
+    const STEP: usize = 2 * CHUNK_BYTES;
+    const ROWS: usize = 4;
     #[inline(always)]
-    fn prefetch<S: Lanes>(self, s: S, i: usize, bytes: usize) {
-        s.prefetch(self.chunks.as_ptr().wrapping_add(i).cast::<u8>().wrapping_add(bytes));
+    fn at(self, i: usize) -> *const u8 {
+        self.chunks.as_ptr().wrapping_add(i).cast()
     }
 }
 

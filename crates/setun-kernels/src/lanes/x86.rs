@@ -103,6 +103,26 @@ impl Lanes for Avx512 {
     fn load_i8(self, p: &[i8; LANES]) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.as_ptr().cast()))) }
     }
+    // Spread first: moving one half float into a register waits for what was there before.
+    #[inline(always)]
+    fn splat_f16(self, x: f16) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_set1_epi16(x.to_bits().cast_signed())) }
+    }
+    #[inline(always)]
+    fn load_nibbles(self, p: &[u8; LANES], scale: __m512) -> [__m512; 2] {
+        unsafe {
+            // The permutation looks at the lowest four bits of an index only.
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.as_ptr().cast()));
+            let steps = _mm512_setr_ps(
+                -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0,
+            );
+            let values = _mm512_mul_ps(steps, scale);
+            [
+                _mm512_permutexvar_ps(bytes, values),
+                _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(bytes), values),
+            ]
+        }
+    }
     #[inline(always)]
     fn load_trits(self, codes: u32) -> __m512 {
         unsafe {
@@ -180,6 +200,16 @@ unsafe fn widen_i8(p: *const i8) -> __m256 {
     unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
 }
 
+/// Sixteen signed bytes times `scale`.
+#[inline(always)]
+unsafe fn scaled_i8(bytes: __m128i, scale: __m256) -> [__m256; 2] {
+    unsafe {
+        let low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+        let high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)));
+        [_mm256_mul_ps(low, scale), _mm256_mul_ps(high, scale)]
+    }
+}
+
 impl Lanes for Avx2 {
     const WIDE: bool = false;
     #[inline(always)]
@@ -204,6 +234,20 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn load_i8(self, p: &[i8; LANES]) -> [__m256; 2] {
         unsafe { [widen_i8(p.as_ptr()), widen_i8(p[8..].as_ptr())] }
+    }
+    #[inline(always)]
+    fn splat_f16(self, x: f16) -> [__m256; 2] {
+        unsafe { [_mm256_cvtph_ps(_mm_set1_epi16(x.to_bits().cast_signed())); 2] }
+    }
+    #[inline(always)]
+    fn load_nibbles(self, p: &[u8; LANES], scale: [__m256; 2]) -> [[__m256; 2]; 2] {
+        unsafe {
+            let bytes = _mm_loadu_si128(p.as_ptr().cast());
+            let (nibble, eight) = (_mm_set1_epi8(15), _mm_set1_epi8(8));
+            let low = _mm_sub_epi8(_mm_and_si128(bytes, nibble), eight);
+            let high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16::<4>(bytes), nibble), eight);
+            [scaled_i8(low, scale[0]), scaled_i8(high, scale[0])]
+        }
     }
     #[inline(always)]
     fn load_trits(self, codes: u32) -> [__m256; 2] {

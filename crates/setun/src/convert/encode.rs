@@ -219,7 +219,9 @@ impl<'a> Encoder<'a> {
             (DenseData::F32(values), Encoding::F32) => encode_floats(&planned.name, values, cols, to),
             (DenseData::F16(values), Encoding::F16) => Ok(le_bytes(values.reinterpret_cast())),
             (DenseData::BF16(values), Encoding::BF16) => Ok(le_bytes(values.reinterpret_cast())),
-            (DenseData::Q8_0(bytes), Encoding::Q8_0) => Ok(bytes.clone()),
+            (DenseData::Q8_0(bytes), Encoding::Q8_0) | (DenseData::Q4_0(bytes), Encoding::Q4_0) => {
+                Ok(bytes.clone())
+            }
             _ => self.floats(planned, &dense_values(&matrix), cols, to),
         }
     }

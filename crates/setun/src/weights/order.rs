@@ -26,6 +26,10 @@ pub(super) fn pick_rows(weight: Weight, from: &[usize]) -> Weight {
                     let row_bytes = bytes.len() / rows.max(1);
                     DenseData::Q8_0(pick(row_bytes).map(|i| bytes[i]).collect())
                 }
+                DenseData::Q4_0(bytes) => {
+                    let row_bytes = bytes.len() / rows.max(1);
+                    DenseData::Q4_0(pick(row_bytes).map(|i| bytes[i]).collect())
+                }
             };
             Weight::Dense(DenseMatrix::new(rows, cols, data).expect("rows are only reordered"))
         }
@@ -70,6 +74,7 @@ pub(super) fn pick_columns(weight: Weight, from: &[usize], stored: &str) -> Resu
         DenseData::F16(values) => DenseData::F16(pick(values, from)),
         DenseData::BF16(values) => DenseData::BF16(pick(values, from)),
         DenseData::Q8_0(_) => return refuse("tears blocks of Q8_0 apart"),
+        DenseData::Q4_0(_) => return refuse("tears blocks of Q4_0 apart"),
     };
     Ok(Weight::Dense(
         DenseMatrix::new(matrix.rows(), matrix.cols(), data).expect("columns are only reordered"),

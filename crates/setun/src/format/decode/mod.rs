@@ -219,7 +219,7 @@ impl Tensor<'_> {
         })
     }
 
-    /// The matrix of a float tensor: in the precision it is stored in for F32, F16, BF16 and Q8_0, as F32 for
+    /// The matrix of a float tensor: in the precision it is stored in for F32, F16, BF16, Q8_0 and Q4_0, as F32 for
     /// the other block types, whose values no narrower type holds.
     ///
     /// # Errors
@@ -238,10 +238,13 @@ impl Tensor<'_> {
         let data = &*self.data;
         // Zeros of plain integers are memory that the system gives untouched; those of `f16` would be written first.
         let halves = || numbers(data, vec![0u16; data.len() / 2], u16::from_le_bytes, pool);
+        let bytes = || numbers(data, vec![0u8; data.len()], |[b]| b, pool);
         let data = match &self.info.encoding {
             Encoding::F16 => DenseData::F16(halves().reinterpret_into::<f16>()),
             Encoding::BF16 => DenseData::BF16(halves().reinterpret_into::<bf16>()),
-            Encoding::Q8_0 => DenseData::Q8_0(numbers(data, vec![0u8; data.len()], |[b]| b, pool)),
+            Encoding::Q8_0 => DenseData::Q8_0(bytes()),
+            // A row that is no whole number of blocks cannot be multiplied from them.
+            Encoding::Q4_0 if cols.is_multiple_of(32) => DenseData::Q4_0(bytes()),
             Encoding::F32 => {
                 DenseData::F32(numbers(data, vec![0f32; data.len() / 4], f32::from_le_bytes, pool))
             }
