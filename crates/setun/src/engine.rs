@@ -31,8 +31,9 @@ pub struct EngineOptions {
     pub head: HeadMode,
 }
 
-/// Tokens that one prefill pass takes at most: long enough for matrix kernels, short enough for the cache.
-pub const PREFILL_BATCH: usize = 512;
+/// Tokens that one prefill pass takes at most: long enough for matrix kernels, short enough that what a layer hands on stays in
+/// the last-level cache (21 MB of a 2B model's feed-forward layer).
+pub const PREFILL_BATCH: usize = 256;
 
 /// A model in memory, ready to run any number of sequences.
 #[derive(Debug)]
