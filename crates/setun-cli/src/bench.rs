@@ -188,23 +188,16 @@ pub fn bench(mut args: BenchArgs) -> Result<()> {
             let options = args.options(kernels, threads);
             let engine = load(&args, model.as_deref(), &options)?;
             let load_seconds = started.elapsed().as_secs_f64();
-            let plan = args.plan();
+            let plan = args.plan(&memory);
             let first_token_seconds = load_seconds + measure::first_pass(&engine, &plan)?;
-            // Measuring the machine takes memory of its own, so what the model needs is looked at in between.
-            let before = report.is_some().then(|| Peaks::measure(&engine));
             let runs = measure::all(&engine, &plan, &|what| busy.set_message(what))?;
             let peak_rss_bytes = memory.peak();
-            busy.set_message("measuring the machine");
-            // Twice, where nothing could be measured before.
-            let before = before.unwrap_or_else(|| Peaks::measure(&engine));
-            let after = Peaks::measure(&engine);
-            let peaks = before.highest(after);
-            let found: Vec<Measured> = runs.iter().map(|run| run.against(&peaks)).collect();
+            let peaks = Peaks::of(&runs).unwrap_or_else(|| Peaks::measure(&engine));
             // Kernel sets differ in their peaks: only those of one are compared.
             if report.is_none() {
-                drift.extend([before.drifting(), after.drifting()]);
+                drift.extend(runs.iter().flat_map(measure::Run::peaks).map(Peaks::drifting));
             }
-            results.extend(found);
+            results.extend(runs.iter().map(measure::Run::measured));
             report.get_or_insert_with(|| Report {
                 machine: Machine::here(),
                 model: facts(&args, engine.config()),
@@ -246,8 +239,8 @@ fn climb(args: &BenchArgs, kernels: &[&'static Kernels], threads: &[usize]) -> R
         Some(shape) => shape,
         None => random::shape("2b4t").map_err(WrongUsage)?,
     };
-    let busy = progress::spinner();
-    let plan = measure::Plan { precision: precision(Some(shape), args.activations), ..args.plan() };
+    let (busy, memory) = (progress::spinner(), memory::Watch::start());
+    let plan = measure::Plan { precision: precision(Some(shape), args.activations), ..args.plan(&memory) };
     let ladder =
         ladder::climb(shape, &args.options(kernels, threads), &plan, &|what| busy.set_message(what))?;
     busy.finish_and_clear();
@@ -270,7 +263,7 @@ fn precision(shape: Option<&random::NamedShape>, activations: ActivationType) ->
 }
 
 impl BenchArgs {
-    fn plan(&self) -> measure::Plan<'_> {
+    fn plan<'a>(&'a self, memory: &'a memory::Watch) -> measure::Plan<'a> {
         measure::Plan {
             prefill: &self.prefill,
             decode: &self.decode,
@@ -280,6 +273,7 @@ impl BenchArgs {
             kv: self.kv,
             seed: self.seed,
             precision: self.precision(),
+            memory,
         }
     }
 
@@ -388,7 +382,9 @@ fn table(report: &Report) -> String {
     }
     let e = &report.energy_estimate_per_token;
     text + &format!(
-        "\nEnergy per token, an estimate: {:.4} J at 7 nm, {:.4} J at 45 nm ({})\n",
-        e.joules_7nm, e.joules_45nm, report.energy_source
+        "\nEnergy per token, an estimate: {:.3} mJ at 7 nm, {:.3} mJ at 45 nm ({})\n",
+        e.joules_7nm * 1e3,
+        e.joules_45nm * 1e3,
+        report.energy_source
     )
 }

@@ -4,7 +4,7 @@
 //! keeps no maximum of that, so a thread looks now and then.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 /// Between two looks: memory that lives shorter may be missed. A look takes some 20 µs.
@@ -13,17 +13,26 @@ const INTERVAL: Duration = Duration::from_millis(10);
 /// Watches the process's memory from its making until it is dropped.
 #[derive(Debug)]
 pub struct Watch {
-    most: Arc<AtomicUsize>,
+    most: Arc<Most>,
+}
+
+#[derive(Debug, Default)]
+struct Most {
+    bytes: AtomicUsize,
+    /// While set, nobody looks.
+    aside: AtomicBool,
 }
 
 impl Watch {
     /// Starts looking. Without a thread, only [`Watch::peak`] looks.
     pub fn start() -> Self {
-        let most = Arc::new(AtomicUsize::new(0));
+        let most = Arc::new(Most::default());
         let seen = Arc::downgrade(&most);
         let look = move || {
             while let (Some(most), Some(now)) = (seen.upgrade(), resident()) {
-                most.fetch_max(now, Relaxed);
+                if !most.aside.load(Relaxed) {
+                    most.bytes.fetch_max(now, Relaxed);
+                }
                 drop(most);
                 std::thread::sleep(INTERVAL);
             }
@@ -35,7 +44,17 @@ impl Watch {
     /// Most memory that was resident at once so far, in bytes, mapped files left out; `None` where the system does not tell.
     pub fn peak(&self) -> Option<usize> {
         let now = resident()?;
-        Some(self.most.fetch_max(now, Relaxed).max(now))
+        Some(self.most.bytes.fetch_max(now, Relaxed).max(now))
+    }
+
+    /// What `f` returns; the memory that it takes meanwhile, and gives back, does not count.
+    pub fn aside<T>(&self, f: impl FnOnce() -> T) -> T {
+        self.most.aside.store(true, Relaxed);
+        let result = f();
+        // A look that began meanwhile is over by then.
+        std::thread::sleep(INTERVAL / 5);
+        self.most.aside.store(false, Relaxed);
+        result
     }
 }
 
@@ -59,6 +78,11 @@ mod tests {
         std::thread::sleep(10 * INTERVAL);
         touched[1 << 20] = 2;
         drop((touched, untouched));
+        watch.aside(|| {
+            let touched = vec![1u8; 1 << 30];
+            std::thread::sleep(3 * INTERVAL);
+            assert_eq!(touched[5], 1);
+        });
         let peak = watch.peak().unwrap();
         assert!((before + (60 << 20)..before + (600 << 20)).contains(&peak), "{before} then {peak}");
     }

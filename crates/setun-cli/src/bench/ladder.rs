@@ -72,14 +72,13 @@ pub fn climb(
         }
         say(format!("{weights}: loading"));
         let (memory, started) = (memory::Watch::start(), Instant::now());
+        let plan = &Plan { memory: &memory, ..*plan };
         let engine = random::engine(shape, kind, options, plan.seed)?;
         let load_seconds = started.elapsed().as_secs_f64();
-        let peaks = Peaks::measure(&engine);
         let runs = measure::all(&engine, plan, &|what| say(format!("{weights}: {what}")))?;
         let peak_rss_bytes = memory.peak();
-        let after = Peaks::measure(&engine);
-        drift.extend([peaks.drifting(), after.drifting()]);
-        let peaks = peaks.highest(after);
+        drift.extend(runs.iter().flat_map(measure::Run::peaks).map(Peaks::drifting));
+        let peaks = Peaks::of(&runs).unwrap_or_else(|| Peaks::measure(&engine));
         rungs.push(Rung {
             weights,
             bits: kind.bits(),
@@ -87,7 +86,7 @@ pub fn climb(
             peak_rss_bytes,
             energy_estimate_per_token: work::energy(engine.config(), Some(kind), plan.precision),
             peaks,
-            results: runs.iter().map(|run| run.against(&peaks)).collect(),
+            results: runs.iter().map(measure::Run::measured).collect(),
         });
     }
     let warnings = watch.warnings(&drift);
@@ -123,7 +122,7 @@ fn obstacle(shape: &NamedShape, kind: Kind) -> Result<Option<String>> {
 
 pub fn table(ladder: &Ladder) -> String {
     let mut text = format!("{}, {}\n\n", ladder.shape, ladder.machine.title());
-    text += "weights   bits    memory   read/token  decode tok/s  of bandwidth  prefill tok/s  of arithmetic    J/token 7 nm  45 nm\n";
+    text += "weights   bits    memory   read/token  decode tok/s  of bandwidth  prefill tok/s  of arithmetic    mJ/token 7 nm  45 nm\n";
     for rung in &ladder.rungs {
         let memory = rung.peak_rss_bytes.map_or("unknown".into(), output::bytes);
         let (mut read, mut decode, mut prefill) =
@@ -137,15 +136,15 @@ pub fn table(ladder: &Ladder) -> String {
             prefill = columns(r);
         }
         text += &format!(
-            "{:8} {:5.1} {memory:>9} {read:>12} {:>13} {:>13} {:>14} {:>14} {:>15.4} {:>6.4}\n",
+            "{:8} {:5.1} {memory:>9} {read:>12} {:>13} {:>13} {:>14} {:>14} {:>16.3} {:>6.2}\n",
             rung.weights,
             rung.bits,
             decode[0],
             decode[1],
             prefill[0],
             prefill[1],
-            rung.energy_estimate_per_token.joules_7nm,
-            rung.energy_estimate_per_token.joules_45nm,
+            rung.energy_estimate_per_token.joules_7nm * 1e3,
+            rung.energy_estimate_per_token.joules_45nm * 1e3,
         );
     }
     text + &format!("\nEnergy is an estimate: {SOURCE}.\n")

@@ -12,6 +12,7 @@ use setun_kernels::peak;
 use super::energy::Meter;
 use super::random::Random;
 use super::work::{Precision, Work};
+use crate::memory;
 
 /// What to measure.
 pub struct Plan<'a> {
@@ -25,6 +26,8 @@ pub struct Plan<'a> {
     pub kv: KvType,
     pub seed: u64,
     pub precision: Precision,
+    /// Looks away while the machine is measured, which takes memory of its own.
+    pub memory: &'a memory::Watch,
 }
 
 /// The machine's limits with one kernel set and number of threads.
@@ -45,6 +48,11 @@ impl Peaks {
         }
     }
 
+    /// The highest around any repeat of `runs`.
+    pub fn of(runs: &[Run]) -> Option<Self> {
+        runs.iter().flat_map(Run::peaks).reduce(Self::highest)
+    }
+
     /// The higher of each: a limit that noise lowered would flatter.
     pub fn highest(self, other: Self) -> Self {
         Self {
@@ -55,9 +63,16 @@ impl Peaks {
     }
 
     /// What a change of tells that the machine was not free.
-    pub fn drifting(&self) -> [f64; 2] {
+    pub fn drifting(self) -> [f64; 2] {
         [self.read_gb_per_s, self.float_gflop_per_s]
     }
+}
+
+/// One repeat: how long it took, and what the machine could do around it.
+#[derive(Clone, Copy)]
+struct Repeat {
+    seconds: f64,
+    peaks: Peaks,
 }
 
 /// Times of one phase, before they are compared with anything.
@@ -72,7 +87,7 @@ pub struct Run {
     kv_bytes: f64,
     /// Of all its tokens.
     work: Work,
-    seconds: Vec<f64>,
+    repeats: Vec<Repeat>,
     joules: Option<f64>,
 }
 
@@ -148,21 +163,31 @@ pub fn all(engine: &Engine, plan: &Plan, busy: &dyn Fn(String)) -> Result<Vec<Ru
     Ok(runs)
 }
 
-/// Times of all repeats and the energy of one of them, where it is counted.
+/// All repeats, and the energy of one of them, where it is counted. The machine is measured before and after each, and the higher
+/// limits count: memory that others use comes and goes within seconds.
 fn repeat(
-    repeats: usize,
+    engine: &Engine,
+    plan: &Plan,
     mut once: impl FnMut() -> Result<f64, ModelError>,
-) -> Result<(Vec<f64>, Option<f64>), ModelError> {
-    let meter = Meter::start();
-    let seconds = (0..repeats).map(|_| once()).collect::<Result<_, ModelError>>()?;
-    Ok((seconds, meter.joules().map(|joules| joules / repeats.max(1) as f64)))
+) -> Result<(Vec<Repeat>, Option<f64>), ModelError> {
+    let measure = || plan.memory.aside(|| Peaks::measure(engine));
+    let (mut repeats, mut joules, mut before) = (Vec::new(), Some(0.0), measure());
+    for _ in 0..plan.repeats {
+        let meter = Meter::start();
+        let seconds = once()?;
+        joules = joules.zip(meter.joules()).map(|(sum, more)| sum + more / plan.repeats as f64);
+        let after = measure();
+        repeats.push(Repeat { seconds, peaks: before.highest(after) });
+        before = after;
+    }
+    Ok((repeats, joules))
 }
 
 fn prefill(engine: &Engine, plan: &Plan, tokens: usize) -> Result<Run, ModelError> {
     let ids = random_ids(engine, tokens, plan.seed);
     let mut session = engine.session(plan.kv, Some(tokens));
     session.feed(&ids)?; // Brings pages and caches into the state they keep.
-    let (seconds, joules) = repeat(plan.repeats, || {
+    let (repeats, joules) = repeat(engine, plan, || {
         session.clear();
         let started = Instant::now();
         session.feed(&ids)?;
@@ -181,7 +206,7 @@ fn prefill(engine: &Engine, plan: &Plan, tokens: usize) -> Result<Run, ModelErro
         weight_bytes: (pass * passes) as f64 / tokens as f64,
         kv_bytes: 0.0,
         work: Work::of(engine.config(), [tokens, 0, 1], plan.precision),
-        seconds,
+        repeats,
         joules,
     })
 }
@@ -206,7 +231,7 @@ fn decode(
         session.feed(context)?;
     }
     write(&mut sessions, ids[0])?; // Brings pages and caches into the state they keep.
-    let (seconds, joules) = repeat(plan.repeats, || {
+    let (repeats, joules) = repeat(engine, plan, || {
         for session in &mut sessions {
             let known = session.truncate(depth);
             if known < depth {
@@ -235,7 +260,7 @@ fn decode(
         weight_bytes: engine.bytes_per_step(batch) as f64 / batch as f64,
         kv_bytes: per_position * positions,
         work: Work { int8_macs: one.int8_macs * batch as f64, float_flops: one.float_flops * batch as f64 },
-        seconds,
+        repeats,
         joules,
     })
 }
@@ -256,10 +281,17 @@ fn random_ids(engine: &Engine, count: usize, seed: u64) -> Vec<u32> {
 }
 
 impl Run {
-    /// The result, with its share of the limit that `peaks` set.
-    pub fn against(&self, peaks: &Peaks) -> Measured {
-        let mut seconds = self.seconds.clone();
-        seconds.sort_by(f64::total_cmp);
+    /// The limits around each repeat.
+    pub fn peaks(&self) -> impl Iterator<Item = Peaks> {
+        self.repeats.iter().map(|repeat| repeat.peaks)
+    }
+
+    /// The result: the fastest repeat and its share of the limits around it, with the others beside it.
+    pub fn measured(&self) -> Measured {
+        let mut sorted = self.repeats.clone();
+        sorted.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
+        let seconds: Vec<f64> = sorted.iter().map(|repeat| repeat.seconds).collect();
+        let peaks = sorted[0].peaks;
         let tokens = (self.tokens * self.batch) as f64;
         let rate = |seconds: f64| tokens / seconds.max(1e-12);
         let (best, median) = (seconds[0].max(1e-12), seconds[seconds.len() / 2]);
@@ -324,11 +356,13 @@ mod tests {
             kv: KvType::F16,
             seed: 1,
             precision,
+            memory: &memory::Watch::start(),
         };
         let runs = all(&engine, &plan, &|_| {}).unwrap();
-        let peaks = Peaks { read_gb_per_s: 1.0, int8_gmac_per_s: 1.0, float_gflop_per_s: 1.0 };
+        let highest = Peaks::of(&runs).unwrap();
         for (run, batch) in runs.iter().zip([1, 4]) {
-            let measured = run.against(&peaks);
+            let measured = run.measured();
+            assert!(run.peaks().all(|peaks| peaks.read_gb_per_s <= highest.read_gb_per_s));
             assert_eq!((measured.batch, measured.depth, measured.repeats), (batch, 5, 2));
             assert_eq!(measured.weight_bytes_per_token * batch as f64, engine.bytes_per_token() as f64);
             assert_eq!(measured.kv_bytes_per_token, 7.0 * per_position);

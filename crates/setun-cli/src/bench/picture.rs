@@ -11,6 +11,8 @@ use super::measure::{Measured, Peaks};
 use crate::output;
 
 const SIZE: (u32, u32) = (900, 560);
+/// Where the names of the roofline's points begin.
+const LEGEND: u32 = 620;
 
 // Okabe and Ito's, which stay apart for colour-blind readers and in print.
 const BLUE: RGBColor = RGBColor(0, 114, 178);
@@ -51,6 +53,7 @@ fn draw_roofline<'a>(title: &str, peaks: &Peaks, results: &[Measured], svg: &'a 
     let area = sheet(svg)?;
     area.draw(&Text::new(format!("Roofline: {title}"), (24, 14), font(18)))?;
     let (_, area) = area.split_vertically(40);
+    let (area, legend) = area.split_horizontally(LEGEND);
     let within = |least: f64, most: f64, value: f64| (least.min(value / 2.0), most.max(value * 2.0));
     let (mut left, mut right) = (0.25, 2.0 * peaks.int8_gmac_per_s / peaks.read_gb_per_s);
     let (mut low, mut high) = (peaks.read_gb_per_s * 0.25, peaks.int8_gmac_per_s * 2.0);
@@ -95,21 +98,31 @@ fn draw_roofline<'a>(title: &str, peaks: &Peaks, results: &[Measured], svg: &'a 
     let at = chart.backend_coord(&slope);
     let label = format!("read {} GB/s", output::rate(peaks.read_gb_per_s));
     area.draw(&Text::new(label, (at.0 + 14, at.1 - 40 + 2), font(13)))?;
-    for r in results {
+    // Points lie close together, so their names are beside the chart.
+    for (i, r) in results.iter().enumerate() {
         let colour = if r.phase == "decode" { RED } else { BLUE };
-        let point = (r.macs_per_byte, r.gmac_per_s);
+        let (point, number) = ((r.macs_per_byte, r.gmac_per_s), (i + 1).to_string());
         chart.draw_series([Circle::new(point, 5, colour.filled())])?;
         let at = chart.backend_coord(&point);
-        area.draw(&Text::new(label_of(r), (at.0 + 9, at.1 - 40 + 4), font(13)))?;
+        // Above and below in turn.
+        let above = if i % 2 == 0 { 18 } else { -7 };
+        area.draw(&Text::new(number.clone(), (at.0 - 4, at.1 - 40 - above), font(13)))?;
+        let line = 20 + 20 * i as i32;
+        legend.draw(&Circle::new((8, line + 7), 5, colour.filled()))?;
+        legend.draw(&Text::new(format!("{number}  {}", label_of(r)), (20, line), font(13)))?;
     }
     area.present()
 }
 
 fn label_of(r: &Measured) -> String {
-    let share = format!("{:.0} %", r.share * 100.0);
+    let (share, limit) = match r.read_share > r.arithmetic_share {
+        true => (r.read_share, "reading"),
+        false => (r.arithmetic_share, "arithmetic"),
+    };
+    let share = format!("{:.0} % of {limit}", share * 100.0);
     match (r.phase, r.batch) {
         ("decode", 1) => format!("decode after {}: {share}", r.depth),
-        ("decode", n) => format!("{n} sequences after {}: {share}", r.depth),
+        ("decode", n) => format!("{n} at once after {}: {share}", r.depth),
         _ => format!("prefill {}: {share}", r.tokens),
     }
 }

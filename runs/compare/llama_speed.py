@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Speed of the same random model in llama.cpp and in Setun, for docs/results.md.
 
-usage: llama_cpp.py [--setun PROGRAM] [--types TQ1_0,TQ2_0,Q4_0] [--layers N] [--threads N] [--repeats N] [--json FILE]
+usage: llama_speed.py [--setun PROGRAM] [--types TQ1_0,TQ2_0,Q4_0] [--layers N] [--threads N] [--repeats N] [--json FILE]
 
 The shape is BitNet-b1.58-2B-4T's (hidden 2560, feed-forward 6912, 30 layers, 20 heads, 5 key heads, vocabulary 128,256, tied f16
 embedding) with plain Llama layers, since llama.cpp does not load `bitnet-b1.58` files. One file of each type is written, run by both
