@@ -528,7 +528,7 @@ fn bench_measures_batches_and_depths_and_draws_them() {
         out["warnings"].is_array() && out["energy_estimate_per_token"]["joules_7nm"].as_f64().unwrap() > 0.0
     );
     let picture = std::fs::read_to_string(&svg).unwrap();
-    assert!(picture.starts_with("<svg") && picture.contains("3 sequences after 9"));
+    assert!(picture.starts_with("<svg") && picture.contains("3 at once after 9"));
 }
 
 #[test]

@@ -238,6 +238,8 @@ pub struct Speculated {
 pub struct Speculator<'a> {
     drafter: Box<dyn Drafter + 'a>,
     pace: Pace,
+    /// So many guesses every time, instead of what the pace says.
+    always: Option<usize>,
     kind: usize,
     guesses: Vec<u32>,
     total: Speculated,
@@ -251,7 +253,12 @@ impl<'a> Speculator<'a> {
     pub fn new(engine: &Engine, drafter: impl Drafter + 'a) -> Result<Self, ModelError> {
         can_verify(engine)?;
         let (pace, total) = (Pace::default(), Speculated::default());
-        Ok(Self { drafter: Box::new(drafter), pace, kind: 0, guesses: Vec::new(), total })
+        Ok(Self { drafter: Box::new(drafter), pace, always: None, kind: 0, guesses: Vec::new(), total })
+    }
+
+    /// The same with `count` guesses in every pass that has some, whatever they cost.
+    pub fn always(self, count: usize) -> Self {
+        Self { always: Some(count.min(MOST_GUESSES)), ..self }
     }
 
     /// Guesses of what follows `history`, at most `most`, none where they are not worth it.
@@ -262,7 +269,7 @@ impl<'a> Speculator<'a> {
         self.guesses.clear();
         if let Some(kind) = self.drafter.look(history) {
             self.kind = kind;
-            let most = most.min(self.pace.most(kind));
+            let most = most.min(self.always.unwrap_or_else(|| self.pace.most(kind)));
             if most > 0 {
                 self.drafter.propose(history, most, &mut self.guesses)?;
             }

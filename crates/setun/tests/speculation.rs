@@ -56,7 +56,8 @@ impl Fixture {
     /// Tells the same text with and without `drafter`, and returns how it did.
     fn compare(&self, sampling: &Sampling, drafter: impl Drafter) -> Speculated {
         let (plain, known) = self.tell(sampling, 100, None);
-        let mut speculator = Speculator::new(&self.engine, drafter).unwrap();
+        // Not at the measured pace, which depends on what else the machine does.
+        let mut speculator = Speculator::new(&self.engine, drafter).unwrap().always(5);
         let (guessed, known_too) = self.tell(sampling, 100, Some(&mut speculator));
         assert_eq!(guessed.new_ids, plain.new_ids, "{sampling:?}");
         assert_eq!(known_too, known, "{sampling:?}");
@@ -140,11 +141,20 @@ fn a_full_context_and_every_limit_end_a_text_where_they_end_the_plain_one() {
     for max_tokens in [0, 1, 2, 3, 4, 5, 6, 7, 13, usize::MAX] {
         let (plain, known) = fixture.tell(&Sampling::greedy(), max_tokens, None);
         let drafter = Knowing { text: text.clone(), wrong: usize::MAX };
-        let mut speculator = Speculator::new(&fixture.engine, drafter).unwrap();
+        let mut speculator = Speculator::new(&fixture.engine, drafter).unwrap().always(7);
         let (guessed, known_too) = fixture.tell(&Sampling::greedy(), max_tokens, Some(&mut speculator));
         assert_eq!((guessed.new_ids, guessed.stop), (plain.new_ids, plain.stop), "{max_tokens}");
         assert_eq!(known_too, known, "{max_tokens}");
     }
+}
+
+#[test]
+fn the_measured_pace_changes_nothing_either() {
+    let fixture = fixture(HeadMode::Auto);
+    let (plain, _) = fixture.tell(&Sampling::greedy(), 100, None);
+    let mut speculator = Speculator::new(&fixture.engine, PromptLookup::new()).unwrap();
+    let (guessed, _) = fixture.tell(&Sampling::greedy(), 100, Some(&mut speculator));
+    assert_eq!(guessed.new_ids, plain.new_ids);
 }
 
 #[test]

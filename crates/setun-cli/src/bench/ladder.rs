@@ -5,6 +5,7 @@ use std::time::Instant;
 use anyhow::Result;
 use serde::Serialize;
 use setun::engine::EngineOptions;
+use setun::head::HeadMode;
 
 use super::energy::{Estimate, SOURCE};
 use super::machine::{Machine, available_memory};
@@ -73,7 +74,9 @@ pub fn climb(
         say(format!("{weights}: loading"));
         let (memory, started) = (memory::Watch::start(), Instant::now());
         let plan = &Plan { memory: &memory, ..*plan };
-        let engine = random::engine(shape, kind, options, plan.seed)?;
+        // Other engines read the whole head of a dense model, so this one does too.
+        let head = if kind == Kind::Ternary { options.head } else { HeadMode::Exact };
+        let engine = random::engine(shape, kind, &EngineOptions { head, ..*options }, plan.seed)?;
         let load_seconds = started.elapsed().as_secs_f64();
         let runs = measure::all(&engine, plan, &|what| say(format!("{weights}: {what}")))?;
         let peak_rss_bytes = memory.peak();
