@@ -50,8 +50,7 @@ fn main() {
     let args: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
     let pool = Pool::new(args.first().copied().unwrap_or_else(threads::physical_cores_allowed));
     let (rows, cols) = (args.get(1).copied().unwrap_or(128_256), args.get(2).copied().unwrap_or(2560));
-    let read = peak::read_bandwidth(&pool);
-    println!("{} threads, read {:.1} GB/s, head {rows} x {cols} in f16", pool.threads(), read / 1e9);
+    println!("{} threads, head {rows} x {cols} in f16", pool.threads());
     for name in ["uniform", "gaussian", "heavy"] {
         let table = numbers(name);
         let mut weights = vec![f16::ZERO; rows * cols];
@@ -62,6 +61,8 @@ fn main() {
         let matrix = DenseMatrix::new(rows, cols, DenseData::F16(weights)).unwrap();
         let x: Vec<f32> = (0..32 * cols).map(|i| gaussian(&mut (i as u64 * 99)) as f32).collect();
         for k in Kernels::available().filter(|k| k.name() != "scalar") {
+            // Each time anew: on a shared machine memory is faster in one minute than in the next.
+            let read = peak::read_bandwidth(&pool);
             let mut list = None;
             let built = seconds(1, |_| list = Shortlist::new(&matrix, k, &pool));
             let list = list.expect("finite weights");
@@ -69,8 +70,9 @@ fn main() {
             let exact = seconds(4, |_| matrix.matmul(k, &x[..cols], 1, &mut logits, &pool));
             let plane = seconds(12, |_| list.bounds(k, &x[..cols], 1, &mut bounds, &pool));
             println!(
-                "{name:9} {:7} built in {built:.2} s; exact {:.2} ms, {:.0} % of read; bounds {:.2} ms, {:.0} % of read",
+                "{name:9} {:7} read {:.1} GB/s; built in {built:.2} s; exact {:.2} ms, {:.0} % of read; bounds {:.2} ms, {:.0} % of read",
                 k.name(),
+                read / 1e9,
                 exact * 1e3,
                 matrix.bytes() as f64 / exact / read * 100.0,
                 plane * 1e3,

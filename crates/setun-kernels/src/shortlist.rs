@@ -19,9 +19,7 @@
 
 use crate::buffer::Buffer;
 use crate::dense::DenseMatrix;
-#[cfg(target_arch = "x86_64")]
-use crate::kernels::Isa;
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, Products};
 use crate::lanes::{LANES, job};
 use crate::scratch::{Parts, with_scratch};
 use crate::threads::{Pool, SharedMut};
@@ -31,6 +29,10 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx_vnni;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 /// Columns that share a step.
 pub const GROUP: usize = 128;
@@ -42,9 +44,10 @@ const TILE_BYTES: usize = ROWS * TILE_COLS / 2;
 /// Bytes of a panel's steps for one group.
 const STEP_BYTES: usize = ROWS * 2;
 /// Most tokens of one call of a kernel.
-const MAX_TOKENS: usize = 3;
-/// Panels of a task: what a thread prefetches beyond its last one is lost, so they are not few.
-const TASK: usize = 8;
+const MAX_TOKENS: usize = 2;
+/// How far ahead codes are fetched, in bytes, as in the ternary products.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 8 << 10;
 
 /// Half the interval that a code covers, in steps: what a weight of the largest size is away from zero.
 const REACH: f32 = 7.5;
@@ -59,13 +62,40 @@ const WIDTH: f32 = 2.8;
 const INPUT_CODES: f32 = 32512.0;
 
 /// `sums[t][row] = Σ k·(256 h + l)`.
-type Sums = [[i32; ROWS]; MAX_TOKENS];
+type Sums<const T: usize> = [[i32; ROWS]; T];
+/// High and low bytes of each token's inputs.
+type Bytes<const T: usize> = [[*const i8; 2]; T];
 
-/// One instruction set's sums: `(tiles, their number, high and low bytes of one to three tokens, sums)`.
+/// One instruction set's way through a panel of so many columns: adds all groups to the totals of one or two tokens.
 ///
 /// # Safety
-/// The instruction set is there; the tiles and eight bytes for each of them are readable at each pointer.
-type Dot = unsafe fn(*const u8, usize, &[[*const i8; 2]], &mut Sums);
+/// The instruction set is there; panel and inputs are of that many columns.
+type AddPanel = unsafe fn(&[u8], usize, &[Input], &mut [Totals; MAX_TOKENS]);
+
+/// An [`AddPanel`] with the sums of `$dot`: `(tiles, their number, inputs, sums)`, with eight bytes of inputs for each tile.
+/// Sums and what becomes of them are compiled together, since a call for each would take as long as the sums do.
+macro_rules! add_panel {
+    ($(#[$attribute:meta])* $name:ident, $dot:ident) => {
+        /// # Safety
+        /// As [`AddPanel`](super::AddPanel).
+        $(#[$attribute])*
+        pub(in crate::shortlist) unsafe fn $name(
+            panel: &[u8],
+            cols: usize,
+            tokens: &[$crate::shortlist::Input],
+            totals: &mut [$crate::shortlist::Totals; $crate::shortlist::MAX_TOKENS],
+        ) {
+            use $crate::shortlist::add_groups;
+            // SAFETY (all): groups lie within the panel and the inputs, as the caller promises; so does the instruction set.
+            match tokens {
+                [a] => add_groups(panel, cols, [a], totals, |w, n, x, s| unsafe { $dot(w, n, x, s) }),
+                [a, b] => add_groups(panel, cols, [a, b], totals, |w, n, x, s| unsafe { $dot(w, n, x, s) }),
+                _ => unreachable!("one or two tokens"),
+            }
+        }
+    };
+}
+use add_panel;
 
 /// A four-bit copy of a dense matrix.
 #[derive(Debug)]
@@ -137,12 +167,8 @@ impl Shortlist {
         let Bounds { inputs, estimates, uppers, most_estimate, most_upper, .. } = bounds;
         let out = [estimates, uppers, most_estimate, most_upper].map(|out| Parts::new(out));
         let work = Work { list: self, kernels, inputs, out: &out, panels };
-        pool.run(panels.div_ceil(TASK), &|task| {
-            for panel in task * TASK..panels.min((task + 1) * TASK) {
-                // SAFETY: panels are disjoint, and each belongs to one task.
-                unsafe { work.panel(panel) };
-            }
-        });
+        // SAFETY: panels are disjoint, and each is run once.
+        pool.run_neighbours(panels, &|panel| unsafe { work.panel(panel) });
     }
 }
 
@@ -219,6 +245,7 @@ struct Input {
     /// Bytes `h` and `l`, padded to whole tiles.
     high: Vec<i8>,
     low: Vec<i8>,
+    /// Zeros, where there are no bounds.
     groups: Vec<InputGroup>,
 }
 
@@ -228,6 +255,8 @@ job!(Round { x: &'a [f32], offsets: &'a [f32] } -> Input, |_s| {
     let padded = x.len().next_multiple_of(TILE_COLS);
     let mut input = Input { usable, high: vec![0; padded], low: vec![0; padded], groups: Vec::new() };
     if !usable {
+        let none = InputGroup { scale: 0.0, whole: 0, rest: 0.0, spread: 0.0, slack: 0.0 };
+        input.groups = vec![none; x.len().div_ceil(GROUP)];
         return input;
     }
     // Additions of the exact product, of this one, and those of the estimate over groups, with room to spare.
@@ -281,12 +310,9 @@ struct Totals {
 
 const ZERO: Totals = Totals { estimate: [0.0; ROWS], spread: [0.0; ROWS], slack: [0.0; ROWS] };
 
-job!(Add {
-    totals: &'a mut Totals,
-    steps: &'a [u8; STEP_BYTES],
-    sums: &'a [i32; ROWS],
-    group: &'a InputGroup,
-} -> (), |_s| {
+/// One group's part of the totals.
+#[inline(always)]
+fn add(totals: &mut Totals, steps: &[u8; STEP_BYTES], sums: &[i32; ROWS], group: &InputGroup) {
     for r in 0..ROWS {
         let step = bf16_to_f32(u16::from_le_bytes([steps[2 * r], steps[2 * r + 1]]));
         let product = group.scale * ((sums[r] - group.whole) as f32 - group.rest);
@@ -294,7 +320,33 @@ job!(Add {
         totals.spread[r] = (step * step).mul_add(group.spread, totals.spread[r]);
         totals.slack[r] = step.mul_add(group.slack, totals.slack[r]);
     }
-});
+}
+
+/// All groups of a panel: compiled as a part of its caller, for that one's instruction set.
+#[inline(always)]
+fn add_groups<const T: usize>(
+    panel: &[u8],
+    cols: usize,
+    tokens: [&Input; T],
+    totals: &mut [Totals; MAX_TOKENS],
+    dot: impl Fn(*const u8, usize, Bytes<T>, &mut Sums<T>),
+) {
+    let (mut rest, mut sums) = (panel, [[0; ROWS]; T]);
+    for (g, columns) in groups(cols).enumerate() {
+        let (steps, after) = rest.split_first_chunk::<STEP_BYTES>().expect("whole groups");
+        let tiles = columns.len().div_ceil(TILE_COLS);
+        let (codes, after) = after.split_at(tiles * TILE_BYTES);
+        rest = after;
+        let inputs = tokens.map(|input| {
+            let part = columns.start..columns.start + tiles * TILE_COLS;
+            [input.high[part.clone()].as_ptr(), input.low[part].as_ptr()]
+        });
+        dot(codes.as_ptr(), tiles, inputs, &mut sums);
+        for t in 0..T {
+            add(&mut totals[t], steps, &sums[t], &tokens[t].groups[g]);
+        }
+    }
+}
 
 job!(Finish { totals: &'a Totals, estimates: &'a mut [f32], uppers: &'a mut [f32] } -> [f32; 2], |_s| {
     let mut bound = [0.0; ROWS];
@@ -312,18 +364,23 @@ job!(Finish { totals: &'a Totals, estimates: &'a mut [f32], uppers: &'a mut [f32
     })
 });
 
-impl Work<'_> {
-    fn dot(&self) -> Dot {
-        match self.kernels.isa {
-            // All sets with these lanes have VNNI.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => avx512::dot,
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::dot,
-            _ => dot_scalar,
-        }
+fn add_panel_of(kernels: &Kernels) -> AddPanel {
+    match kernels.products {
+        #[cfg(target_arch = "x86_64")]
+        Products::Avx512Vbmi | Products::Avx512 => avx512::add_panel,
+        #[cfg(target_arch = "x86_64")]
+        Products::AvxVnni => avx_vnni::add_panel,
+        #[cfg(target_arch = "x86_64")]
+        Products::Avx2 => avx2::add_panel,
+        #[cfg(target_arch = "aarch64")]
+        Products::NeonI8mm | Products::NeonDot => neon::add_panel_by_dots,
+        #[cfg(target_arch = "aarch64")]
+        Products::Neon => neon::add_panel,
+        Products::Scalar => add_panel_scalar,
     }
+}
 
+impl Work<'_> {
     /// # Safety
     /// No other call for this panel runs at the same time.
     unsafe fn panel(&self, panel: usize) {
@@ -339,30 +396,12 @@ impl Work<'_> {
     /// # Safety
     /// As [`Work::panel`].
     unsafe fn tokens(&self, panel: usize, first: usize, tokens: &[Input]) {
-        let (cols, dot) = (self.list.cols, self.dot());
+        let cols = self.list.cols;
         let bytes = panel_bytes(cols);
-        let mut rest = &self.list.data[panel * bytes..(panel + 1) * bytes];
         let mut totals = [ZERO; MAX_TOKENS];
-        let mut sums = [[0; ROWS]; MAX_TOKENS];
-        for (g, columns) in groups(cols).enumerate() {
-            let (steps, after) = rest.split_first_chunk::<STEP_BYTES>().expect("whole groups");
-            let tiles = columns.len().div_ceil(TILE_COLS);
-            let (codes, after) = after.split_at(tiles * TILE_BYTES);
-            rest = after;
-            let inputs: [[*const i8; 2]; MAX_TOKENS] = std::array::from_fn(|t| {
-                let input = &tokens[t.min(tokens.len() - 1)];
-                let part = columns.start..columns.start + tiles * TILE_COLS;
-                [input.high[part.clone()].as_ptr(), input.low[part].as_ptr()]
-            });
-            // SAFETY: whole tiles, and eight bytes of inputs for each, as sliced above; the instruction set was found,
-            // or there would be no `Kernels`.
-            unsafe { dot(codes.as_ptr(), tiles, &inputs[..tokens.len()], &mut sums) };
-            for ((totals, sums), input) in totals.iter_mut().zip(&sums).zip(tokens) {
-                // Unusable inputs have no groups, and their bounds are not looked at.
-                let Some(group) = input.groups.get(g) else { continue };
-                self.kernels.lanes(Add { totals, steps, sums, group });
-            }
-        }
+        let codes = &self.list.data[panel * bytes..(panel + 1) * bytes];
+        // SAFETY: panel and inputs are of these columns; the instruction set was found, or there would be no `Kernels`.
+        unsafe { add_panel_of(self.kernels)(codes, cols, tokens, &mut totals) };
         let rows = ROWS.min(self.list.rows - panel * ROWS);
         for (t, totals) in (first..).zip(&totals[..tokens.len()]) {
             let [estimates, uppers, most_estimate, most_upper] = self.out;
@@ -376,11 +415,13 @@ impl Work<'_> {
     }
 }
 
+add_panel!(add_panel_scalar, dot_scalar);
+
 /// Reference.
 ///
 /// # Safety
-/// As [`Dot`].
-unsafe fn dot_scalar(tiles: *const u8, count: usize, inputs: &[[*const i8; 2]], sums: &mut Sums) {
+/// Whole tiles, and eight bytes of inputs for each, are readable.
+unsafe fn dot_scalar<const T: usize>(tiles: *const u8, count: usize, inputs: Bytes<T>, sums: &mut Sums<T>) {
     // SAFETY: whole tiles, as the caller promises.
     let tiles = unsafe { std::slice::from_raw_parts(tiles, count * TILE_BYTES) };
     for (inputs, sums) in inputs.iter().zip(sums) {

@@ -39,7 +39,7 @@ mod lut;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 #[cfg(target_arch = "aarch64")]
-mod neondot;
+pub(crate) mod neondot;
 #[cfg(target_arch = "aarch64")]
 mod neoni8mm;
 mod pack_tiles;

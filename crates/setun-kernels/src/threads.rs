@@ -7,7 +7,7 @@
 
 use alloc::vec::Vec;
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 #[cfg(feature = "std")]
 mod workers;
@@ -56,7 +56,36 @@ impl<T> Slot<T> {
     }
 }
 
+/// Most threads that have a run of chunks of their own; further ones help the others.
+const MOST_RUNS: usize = 64;
+
+/// A counter on a cache line of its own.
+#[repr(align(64))]
+struct Counter(AtomicUsize);
+
 impl Pool {
+    /// Calls `f(0)`, …, `f(chunks - 1)`, each once, on all threads, for chunks of one stream of memory.
+    ///
+    /// Every thread claims chunks from a run of its own, one after the other, so that what it prefetches beyond
+    /// a chunk is its next one; when its run is finished it helps with those of others.
+    pub fn run_neighbours(&self, chunks: usize, f: &(dyn Fn(usize) + Sync)) {
+        let runs = self.threads().min(MOST_RUNS).min(chunks);
+        let start = |run: usize| chunks * run / runs;
+        let next: [Counter; MOST_RUNS] =
+            core::array::from_fn(|run| Counter(AtomicUsize::new(if run < runs { start(run) } else { 0 })));
+        self.run(runs, &|own| {
+            for run in (own..runs).chain(0..own) {
+                loop {
+                    let chunk = next[run].0.fetch_add(1, Ordering::Relaxed);
+                    if chunk >= start(run + 1) {
+                        break;
+                    }
+                    f(chunk);
+                }
+            }
+        });
+    }
+
     /// Calls `f(i, item)` for every item, in any order, on all threads.
     ///
     /// This is how code without `unsafe` shares out mutable pieces: collect disjoint `&mut` slices.

@@ -4,28 +4,31 @@
 
 use core::arch::x86_64::*;
 
-use super::{ROWS, STEP_BYTES, Sums, TILE_BYTES, TILE_COLS};
+use super::{AHEAD, Bytes, ROWS, STEP_BYTES, Sums, TILE_BYTES, TILE_COLS, add_panel};
 
 /// Tiles whose sums fit in 16 bits.
 const TILES_IN_16_BITS: usize = 4;
 /// Vectors of one round over the tiles.
 const VECTORS: usize = 2;
-/// Distance of what is fetched ahead, in bytes.
-const NEAR: usize = 2 << 10;
-const FAR: usize = 32 << 10;
 
-/// Asks for what comes soon after `from`, and for what comes later. Never faults, wherever that points.
+/// Never faults, wherever that points.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn prefetch(from: *const u8) {
-    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(NEAR).cast());
-    _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(FAR).cast());
+    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD).cast());
 }
 
+add_panel!(
+    #[target_feature(enable = "avx2,fma")]
+    add_panel,
+    dot
+);
+
 /// # Safety
-/// As [`super::Dot`], with AVX2.
+/// `count` tiles and eight bytes of inputs for each are readable; the CPU has AVX2.
+#[inline]
 #[target_feature(enable = "avx2")]
-pub(super) unsafe fn dot(tiles: *const u8, count: usize, inputs: &[[*const i8; 2]], sums: &mut Sums) {
+unsafe fn dot<const T: usize>(tiles: *const u8, count: usize, inputs: Bytes<T>, sums: &mut Sums<T>) {
     // The steps before the tiles belong to the stream, though nothing here reads them.
     for line in 0..STEP_BYTES / 64 {
         prefetch(tiles.wrapping_sub(STEP_BYTES - line * 64));

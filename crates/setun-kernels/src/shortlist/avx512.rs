@@ -2,42 +2,28 @@
 
 use core::arch::x86_64::*;
 
-use super::{STEP_BYTES, Sums, TILE_BYTES, TILE_COLS};
+use super::{AHEAD, Bytes, STEP_BYTES, Sums, TILE_BYTES, TILE_COLS, add_panel};
 
 /// Vectors of a tile.
 const VECTORS: usize = 4;
-/// As in the ternary products.
-const NEAR: usize = 2 << 10;
-const FAR: usize = 32 << 10;
-
-/// Asks for what comes soon after `from`, and for what comes later. Never faults, wherever that points.
+/// Never faults, wherever that points.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn prefetch(from: *const u8) {
-    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(NEAR).cast());
-    _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(FAR).cast());
+    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD).cast());
 }
 
-/// # Safety
-/// As [`super::Dot`], with AVX-512 F, BW and VNNI.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(super) unsafe fn dot(tiles: *const u8, count: usize, inputs: &[[*const i8; 2]], sums: &mut Sums) {
-    // SAFETY (all): the caller's promise, with as many tokens as `inputs` holds.
-    unsafe {
-        match *inputs {
-            [a] => many(tiles, count, [a], sums),
-            [a, b] => many(tiles, count, [a, b], sums),
-            [a, b, c] => many(tiles, count, [a, b, c], sums),
-            _ => unreachable!("one to three tokens"),
-        }
-    }
-}
+add_panel!(
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
+    add_panel,
+    dot
+);
 
 /// # Safety
-/// As [`dot`].
+/// `count` tiles and eight bytes of inputs for each are readable; the CPU has AVX-512 F, BW and VNNI.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn many<const T: usize>(tiles: *const u8, count: usize, inputs: [[*const i8; 2]; T], sums: &mut Sums) {
+unsafe fn dot<const T: usize>(tiles: *const u8, count: usize, inputs: Bytes<T>, sums: &mut Sums<T>) {
     let low = _mm512_set1_epi8(15);
     // The steps before the tiles belong to the stream, though nothing here reads them.
     for line in 0..STEP_BYTES / 64 {

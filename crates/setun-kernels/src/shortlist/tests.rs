@@ -70,21 +70,25 @@ fn bounds_hold_and_have_the_same_bits_on_every_kernel_and_thread_count() {
 #[test]
 fn sums_are_exact_at_the_extremes() {
     for byte in [0x00, 0xff, 0xf0, 0x5a] {
-        let tiles = vec![byte; GROUP / TILE_COLS * TILE_BYTES];
+        // Steps of 1 before a group's codes.
+        let mut panel = 0x3f80u16.to_le_bytes().repeat(ROWS);
+        panel.resize(panel_bytes(GROUP), byte);
         for (h, l) in [(127, 127), (-127, -128), (127, -128), (0, 1)] {
-            let (high, low) = (vec![h; GROUP], vec![l; GROUP]);
-            let inputs = [[high.as_ptr(), low.as_ptr()]; MAX_TOKENS];
             let each = GROUP as i32 / 2 * (i32::from(byte & 15) + i32::from(byte >> 4));
-            let expected = each * (256 * i32::from(h) + i32::from(l));
+            let whole = each * (256 * i32::from(h) + i32::from(l)) - 5;
+            let group = InputGroup { scale: 1.0, whole, rest: 0.0, spread: 0.0, slack: 0.0 };
+            let input =
+                || Input { usable: true, high: vec![h; GROUP], low: vec![l; GROUP], groups: vec![group] };
+            let inputs = [input(), input()];
             for kernels in Kernels::available() {
-                let (list, pool) = (Shortlist::new(&matrix(1, 1, 1), kernels, &Pool::new(1)), []);
-                let list = list.unwrap();
-                let out = std::array::from_fn(|_| Parts::new(&mut []));
-                let work = Work { list: &list, kernels, inputs: &pool, out: &out, panels: 0 };
-                let mut sums = [[7; ROWS]; MAX_TOKENS];
-                // SAFETY: as many tiles and inputs as there are.
-                unsafe { work.dot()(tiles.as_ptr(), GROUP / TILE_COLS, &inputs, &mut sums) };
-                assert!(sums.as_flattened().iter().all(|&sum| sum == expected), "{}", kernels.name());
+                for tokens in 1..=MAX_TOKENS {
+                    let mut totals = [ZERO; MAX_TOKENS];
+                    // SAFETY: a panel and inputs of so many columns, on a set that is there.
+                    unsafe { add_panel_of(kernels)(&panel, GROUP, &inputs[..tokens], &mut totals) };
+                    for totals in &totals[..tokens] {
+                        assert_eq!(totals.estimate, [5.0; ROWS], "{}, byte {byte:#x}", kernels.name());
+                    }
+                }
             }
         }
     }

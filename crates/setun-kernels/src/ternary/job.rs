@@ -2,7 +2,6 @@
 
 use alloc::vec::Vec;
 use core::ops::Range;
-use core::sync::atomic::{AtomicUsize, Ordering};
 
 use super::columns::Span;
 #[cfg(target_arch = "x86_64")]
@@ -454,38 +453,15 @@ pub(super) fn even_groups(tokens: Range<usize>, most: usize) -> impl Iterator<It
     (0..groups).map(move |g| at(g)..at(g + 1))
 }
 
-/// Most threads that have a run of chunks of their own; further ones help the others.
-const MOST_RUNS: usize = 64;
-
-/// A counter on a cache line of its own.
-#[repr(align(64))]
-struct Counter(AtomicUsize);
-
 /// Runs all chunks of all jobs as one piece of work.
-///
-/// Every thread claims chunks from a run of its own, one after the other, so that prefetching goes on from
-/// panel to panel; when its run is finished it helps with those of others.
 pub(super) fn run(jobs: &[Job], pool: &Pool) {
-    let total: usize = jobs.iter().map(|job| job.chunks).sum();
-    let runs = pool.threads().min(MOST_RUNS).min(total);
-    let start = |run: usize| total * run / runs;
-    let next: [Counter; MOST_RUNS] =
-        core::array::from_fn(|run| Counter(AtomicUsize::new(if run < runs { start(run) } else { 0 })));
-    pool.run(runs, &|own| {
-        for run in (own..runs).chain(0..own) {
-            loop {
-                let mut chunk = next[run].0.fetch_add(1, Ordering::Relaxed);
-                if chunk >= start(run + 1) {
-                    break;
-                }
-                for job in jobs {
-                    if chunk < job.chunks {
-                        job.run_chunk(chunk);
-                        break;
-                    }
-                    chunk -= job.chunks;
-                }
+    let total = jobs.iter().map(|job| job.chunks).sum();
+    pool.run_neighbours(total, &|mut chunk| {
+        for job in jobs {
+            if chunk < job.chunks {
+                return job.run_chunk(chunk);
             }
+            chunk -= job.chunks;
         }
     });
 }

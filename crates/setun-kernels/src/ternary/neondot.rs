@@ -31,7 +31,7 @@ pub(super) static KERNELS: TileKernels = TileKernels {
 /// `acc[r] + Σ w[4r + i] · a[4L + i]`.
 #[inline]
 #[target_feature(enable = "dotprod")]
-fn sdot<const L: usize>(mut acc: int32x4_t, w: int8x16_t, a: int8x16_t) -> int32x4_t {
+pub(crate) fn sdot<const L: usize>(mut acc: int32x4_t, w: int8x16_t, a: int8x16_t) -> int32x4_t {
     // SAFETY: reads and writes these registers only; the function's feature has the instruction.
     unsafe {
         asm!(

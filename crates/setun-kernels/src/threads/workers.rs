@@ -308,11 +308,13 @@ mod tests {
             for chunks in [0, 1, 2, 3, 100, 1000] {
                 let counts: Vec<AtomicUsize> = (0..chunks).map(|_| AtomicUsize::new(0)).collect();
                 for _ in 0..20 {
-                    pool.run(chunks, &|i| {
+                    let count = |i: usize| {
                         counts[i].fetch_add(1, Ordering::Relaxed);
-                    });
+                    };
+                    pool.run(chunks, &count);
+                    pool.run_neighbours(chunks, &count);
                 }
-                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 20));
+                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 40));
             }
         }
     }
