@@ -54,11 +54,16 @@ const TILE_COLS: usize = 16;
 const TILE_COLS_5: usize = 20;
 /// Most rows of a panel and most tokens of one call of a kernel.
 const MAX_ROWS: usize = 64;
-const MAX_TOKENS: usize = 6;
+const MAX_TOKENS: usize = 12;
+/// Most of them where blocks are folded, which needs registers of its own.
+const MAX_FOLDED_TOKENS: usize = 8;
 /// Columns whose sums are taken in one go: the highest field counts 64-fold until it is shifted down, and
 /// stays below 2^18 / 4 · 64 · 2 · 128 = 2^32 / 4 with four fields to a byte. With five, two fields count
 /// 64-fold, and both together stay below 2^18 / 5 · 64 · 2 · 128 · 2 < 2^31.
 const MAX_COLUMNS: usize = 1 << 18;
+
+/// Products that are shared out as one piece of work: query, key and value, and one to spare.
+const MOST_JOBS: usize = 4;
 
 /// `(tiles, count of tiles, activations of each token, sums)`.
 type Dot = unsafe fn(*const u8, usize, &[*const i8], &mut Sums);
@@ -102,12 +107,16 @@ pub(crate) struct TileKernels {
     unpacked_tokens: usize,
     /// More tokens than this are worth unpacking a panel for.
     direct_limit: usize,
+    /// The same where blocks have their own scales.
+    block_limit: usize,
     /// `direct` and `unpacked` for all scale blocks of a panel, with `fold` while sums are in registers;
     /// `None`: block by block.
     direct_blocks: Option<BlockDot>,
     unpacked_blocks: Option<BlockDot>,
     /// `y[row] = fma(sum[row] - correction, scale[row], y[row])`, all as long as the scales.
     fold: unsafe fn(&[i32], i32, BlockScales, &mut [f32]),
+    /// `out[row] = y[row] · factor`, as long as `out`.
+    scale: unsafe fn(&[f32], f32, &mut [f32]),
     /// `out[row] = (sum[row] - correction) · factor`, as long as `out`.
     finish: unsafe fn(&[i32], i32, Factor, &mut [f32]),
 }
@@ -242,8 +251,7 @@ pub struct PackedMatrix {
     scales: Scales,
     /// For block scales on vector kernels, as are the spans.
     block_scales: PanelScales,
-    direct_spans: Vec<Span>,
-    unpacked_spans: Vec<Span>,
+    spans: Vec<Span>,
 }
 
 impl PackedMatrix {
@@ -265,8 +273,7 @@ impl PackedMatrix {
             bytes: Buffer::zeroed(len),
             scales: Scales::Tensor(0.0),
             block_scales: PanelScales::F32(Vec::new()),
-            direct_spans: if by_block { columns.direct_spans() } else { Vec::new() },
-            unpacked_spans: if by_block { columns.unpacked_spans() } else { Vec::new() },
+            spans: if by_block { columns.spans() } else { Vec::new() },
         };
         this.repack(matrix, pool);
         this
@@ -279,7 +286,7 @@ impl PackedMatrix {
         let columns = Columns::new(matrix.cols(), matrix.scales(), self.columns.tile, self.columns.unit);
         let same = (self.rows, self.columns) == (matrix.rows(), columns);
         let by_block = |scales: &Scales| matches!(scales, Scales::Block { .. });
-        let same_kind = self.direct_spans.is_empty() || by_block(matrix.scales());
+        let same_kind = self.spans.is_empty() || by_block(matrix.scales());
         assert!(same && same_kind, "repack of another shape or other scale blocks");
         self.scales = matrix.scales().clone();
         let Some(k) = tile_kernels(self.kernels.products) else {
@@ -310,7 +317,7 @@ impl PackedMatrix {
         let scales = match &self.scales {
             Scales::Tensor(_) => size_of::<f32>(),
             Scales::Row(values) => size_of_val(&values[..]),
-            Scales::Block { values, .. } if self.direct_spans.is_empty() => size_of_val(&values[..]),
+            Scales::Block { values, .. } if self.spans.is_empty() => size_of_val(&values[..]),
             Scales::Block { .. } => self.block_scales.bytes(),
         };
         self.bytes.len() + scales
@@ -364,12 +371,15 @@ impl PackedMatrix {
                 prepared.push(Prepared::new(plan, acts, matrix.kernels, pool));
             }
         }
-        let mut jobs = Vec::with_capacity(mats.len());
-        for (matrix, out) in mats.iter().zip(outs) {
-            let out = Out::F32(SharedMut::new(out));
-            jobs.push(Job::new(matrix, acts, Plan::new(matrix, acts, true), &prepared, out, pool.threads()));
+        // On the stack: decoding a token calls this a hundred times and should not allocate.
+        for (mats, outs) in mats.chunks(MOST_JOBS).zip(outs.chunks_mut(MOST_JOBS)) {
+            let mut jobs = [const { None }; MOST_JOBS];
+            for ((job, matrix), out) in jobs.iter_mut().zip(mats).zip(outs) {
+                let (plan, out) = (Plan::new(matrix, acts, true), Out::F32(SharedMut::new(out)));
+                *job = Some(Job::new(matrix, acts, plan, &prepared, out, pool.threads()));
+            }
+            run(&jobs, pool);
         }
-        run(&jobs, pool);
     }
 
     /// The integer sums without any scale, `[tokens, rows]`.
@@ -379,7 +389,8 @@ impl PackedMatrix {
         self.check(acts, out.len());
         let plan = Plan::new(self, acts, false);
         let prepared = [Prepared::new(plan, acts, self.kernels, pool)];
-        run(&[Job::new(self, acts, plan, &prepared, Out::I32(SharedMut::new(out)), pool.threads())], pool);
+        let out = Out::I32(SharedMut::new(out));
+        run(&[Some(Job::new(self, acts, plan, &prepared, out, pool.threads()))], pool);
     }
 
     fn check(&self, acts: &Activations, out_len: usize) {
@@ -408,6 +419,12 @@ fn widen(half: f16) -> f32 {
     let bits = u32::from(half.to_bits());
     let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
     f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
+}
+
+/// The body of [`TileKernels::scale`], compiled for each instruction set.
+#[inline(always)]
+fn scale_generic(y: &[f32], factor: f32, out: &mut [f32]) {
+    out.iter_mut().zip(y).for_each(|(out, y)| *out = y * factor);
 }
 
 /// The body of [`TileKernels::finish`], compiled for each instruction set.

@@ -2,7 +2,7 @@
 
 use setun_kernels::{Activations, Kernels, PackedMatrix, Pool, Scales, TernaryMatrix};
 
-/// Enough tokens that every kernel unpacks its weights first.
+/// Enough tokens that kernels which ever unpack their weights do.
 const MANY: usize = 67;
 
 /// A small deterministic generator: a failure repeats.

@@ -5,7 +5,7 @@
 
 use core::arch::x86_64::*;
 
-use super::{BlockScales, Factor, MAX_ROWS, Sums, TILE_COLS, TileKernels};
+use super::{BlockScales, Blocks, Factor, MAX_ROWS, MAX_TOKENS, Sums, TILE_COLS, TileKernels};
 
 pub(super) static KERNELS: TileKernels = TileKernels {
     rows: 32,
@@ -15,12 +15,14 @@ pub(super) static KERNELS: TileKernels = TileKernels {
     direct,
     direct_tokens: 4,
     direct_limit: 24,
+    block_limit: 24,
     unpack,
     unpacked,
     unpacked_tokens: 2,
-    direct_blocks: None,
+    direct_blocks: Some(direct_blocks),
     unpacked_blocks: None,
     fold,
+    scale,
     finish,
 };
 
@@ -31,6 +33,9 @@ pub(super) const TILE_BYTES: usize = VECTORS * 32;
 const TILES_IN_16_BITS: usize = 15;
 /// As for AVX-512.
 const AHEAD: usize = 8 << 10;
+
+/// Scales ahead of the current block's that are fetched: those of 16 blocks.
+const SCALES_AHEAD: usize = 16 * VECTORS * 8;
 
 type Accumulators<const T: usize, const V: usize> = [[__m256i; V]; T];
 
@@ -110,6 +115,7 @@ pub(super) unsafe fn load<const V: usize>(from: *const u8) -> [__m256i; V] {
 
 /// # Safety
 /// As [`TileKernels::direct`]: `tiles` tiles at `weights`, `16 · tiles` activations at each of `acts`.
+#[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn direct(weights: *const u8, tiles: usize, acts: &[*const i8], sums: &mut Sums) {
     // SAFETY (all): the caller's promise, with as many tokens as `acts` holds.
@@ -126,16 +132,17 @@ unsafe fn direct(weights: *const u8, tiles: usize, acts: &[*const i8], sums: &mu
 
 /// One token: fields 0 and 1 are masked where they stand, fields 2 and 3 after one shift by four bits, which saves
 /// two of three shifts. Fields 1 and 3 then count fourfold: |pair| ≤ 2 · 8 · 128 = 2048, two to a tile, so that
-/// seven tiles (28 672) are put right, exactly, before sixteen bits are full.
+/// eight tiles (from -32 768 to 16 · 2032) are put right, exactly, before sixteen bits are full, and twice as many
+/// are widened together.
 ///
 /// # Safety
 /// As [`direct`].
 #[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn direct_one(weights: *const u8, tiles: usize, acts: *const i8, sums: &mut Sums) {
-    const TILES: usize = 7;
+    const TILES: usize = 8;
     let (even, odd) = (_mm256_set1_epi8(3), _mm256_set1_epi8(12));
-    sums[0] = [0; MAX_ROWS];
+    sums[0][..VECTORS * 8].fill(0);
     let mut first = 0;
     while first < tiles {
         let mut one = [[_mm256_setzero_si256(); VECTORS]];
@@ -267,10 +274,90 @@ unsafe fn unpacked_many<const T: usize>(
     }
 }
 
+/// # Safety
+/// As [`TileKernels::direct_blocks`].
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn direct_blocks(
+    blocks: &Blocks,
+    acts: &[*const i8],
+    block_sums: &[&[i32]],
+    y: &mut [[f32; MAX_ROWS]; MAX_TOKENS],
+) {
+    let mut sums = [[0; MAX_ROWS]; MAX_TOKENS];
+    for (b, span) in blocks.spans.iter().enumerate() {
+        // SAFETY: the block's tiles and activations, within what the caller promised.
+        unsafe {
+            let at = at_tile(acts, span.first);
+            direct(blocks.weights.add(span.first * TILE_BYTES), span.count, &at[..acts.len()], &mut sums);
+        }
+        fold_block(blocks.scales, b, block_sums, &sums, y);
+    }
+}
+
+/// The activations of every token from a tile on.
+///
+/// # Safety
+/// There are so many.
+#[inline]
+pub(super) unsafe fn at_tile(acts: &[*const i8], tile: usize) -> [*const i8; MAX_TOKENS] {
+    let mut at = [core::ptr::null(); MAX_TOKENS];
+    for (at, acts) in at.iter_mut().zip(acts) {
+        // SAFETY: the caller's promise.
+        *at = unsafe { acts.add(tile * TILE_COLS) };
+    }
+    at
+}
+
+/// `y[t][row] = fma(sums[t][row] - block_sums[t][b], scale[b][row], y[t][row])` for the tokens that have block sums.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn fold_block(
+    scales: BlockScales,
+    b: usize,
+    block_sums: &[&[i32]],
+    sums: &Sums,
+    y: &mut [[f32; MAX_ROWS]; MAX_TOKENS],
+) {
+    const ROWS: usize = VECTORS * 8;
+    let mut scale = [_mm256_setzero_ps(); VECTORS];
+    // SAFETY (both): eight values each.
+    match scales.rows(b * ROWS, ROWS) {
+        BlockScales::F32(from) => {
+            for (scale, from) in scale.iter_mut().zip(from.as_chunks::<8>().0) {
+                *scale = unsafe { _mm256_loadu_ps(from.as_ptr()) };
+            }
+        }
+        BlockScales::F16(from) => {
+            _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(SCALES_AHEAD).cast());
+            for (scale, from) in scale.iter_mut().zip(from.as_chunks::<8>().0) {
+                *scale = _mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.as_ptr().cast()) });
+            }
+        }
+    }
+    for ((y, sums), block_sums) in y.iter_mut().zip(sums).zip(block_sums) {
+        let correction = _mm256_set1_epi32(block_sums[b]);
+        let rows = y.as_chunks_mut::<8>().0.iter_mut().zip(sums.as_chunks::<8>().0);
+        for ((y, sum), scale) in rows.zip(scale) {
+            // SAFETY: eight lanes each.
+            unsafe {
+                let sum = _mm256_sub_epi32(_mm256_loadu_si256(sum.as_ptr().cast()), correction);
+                let folded = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, _mm256_loadu_ps(y.as_ptr()));
+                _mm256_storeu_ps(y.as_mut_ptr(), folded);
+            }
+        }
+    }
+}
+
 /// See [`TileKernels::fold`].
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn fold(sums: &[i32], correction: i32, scales: BlockScales, y: &mut [f32]) {
     super::fold_generic(sums, correction, scales, y);
+}
+
+/// See [`TileKernels::scale`].
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn scale(y: &[f32], factor: f32, out: &mut [f32]) {
+    super::scale_generic(y, factor, out);
 }
 
 /// See [`TileKernels::finish`].

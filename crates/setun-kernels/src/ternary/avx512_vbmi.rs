@@ -16,14 +16,16 @@ pub(super) static KERNELS: TileKernels = TileKernels {
     unit: UNIT,
     pack_row: Some(pack_row),
     direct,
-    direct_tokens: 6,
+    direct_tokens: 12,
     direct_limit: 64,
+    block_limit: 32,
     unpack,
     unpacked: avx512::unpacked,
     unpacked_tokens: 6,
     direct_blocks: Some(direct_blocks),
     unpacked_blocks: Some(avx512::unpacked_blocks),
     fold: avx512::fold,
+    scale: avx512::scale,
     finish: avx512::finish,
 };
 

@@ -8,7 +8,7 @@
 use core::arch::x86_64::*;
 
 use super::avx2::{self, TILE_BYTES, VECTORS, broadcast, field};
-use super::{Sums, TILE_COLS, TileKernels};
+use super::{Blocks, MAX_ROWS, MAX_TOKENS, Sums, TILE_COLS, TileKernels};
 
 pub(super) static KERNELS: TileKernels = TileKernels {
     rows: VECTORS * 8,
@@ -18,17 +18,20 @@ pub(super) static KERNELS: TileKernels = TileKernels {
     direct,
     direct_tokens: 6,
     direct_limit: 24,
+    block_limit: 24,
     unpack: avx2::unpack,
     unpacked,
     unpacked_tokens: 6,
-    direct_blocks: None,
+    direct_blocks: Some(direct_blocks),
     unpacked_blocks: None,
     fold: avx2::fold,
+    scale: avx2::scale,
     finish: avx2::finish,
 };
 
 /// # Safety
 /// As [`TileKernels::direct`]: `tiles` tiles at `weights`, `16 · tiles` activations at each of `acts`.
+#[inline]
 #[target_feature(enable = "avx2,avxvnni")]
 unsafe fn direct(weights: *const u8, tiles: usize, acts: &[*const i8], sums: &mut Sums) {
     // SAFETY (all): the caller's promise, with as many tokens as `acts` holds.
@@ -184,5 +187,25 @@ unsafe fn unpacked_many<const T: usize>(
                 store(sums, t, part * V + v, sum);
             }
         }
+    }
+}
+
+/// # Safety
+/// As [`TileKernels::direct_blocks`].
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+unsafe fn direct_blocks(
+    blocks: &Blocks,
+    acts: &[*const i8],
+    block_sums: &[&[i32]],
+    y: &mut [[f32; MAX_ROWS]; MAX_TOKENS],
+) {
+    let mut sums = [[0; MAX_ROWS]; MAX_TOKENS];
+    for (b, span) in blocks.spans.iter().enumerate() {
+        // SAFETY: the block's tiles and activations, within what the caller promised.
+        unsafe {
+            let at = avx2::at_tile(acts, span.first);
+            direct(blocks.weights.add(span.first * TILE_BYTES), span.count, &at[..acts.len()], &mut sums);
+        }
+        avx2::fold_block(blocks.scales, b, block_sums, &sums, y);
     }
 }

@@ -18,14 +18,11 @@ pub(super) struct Columns {
     pub(super) unit: usize,
 }
 
-/// Weights and activations of one scale block.
+/// Units of one scale block: the first, and how many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Span {
-    /// First tile, or unit of unpacked columns, and how many.
     pub(super) first: usize,
     pub(super) count: usize,
-    /// Where its activations start in a row of them.
-    pub(super) acts: usize,
 }
 
 impl Columns {
@@ -74,43 +71,11 @@ impl Columns {
         self.blocks() <= 1 || self.block.is_multiple_of(self.unit)
     }
 
-    /// Whether a tile holds columns of one block only.
-    pub(super) fn blocks_own_tiles(self) -> bool {
-        self.blocks() <= 1 || self.block.next_multiple_of(self.unit).is_multiple_of(self.tile)
-    }
-
-    /// Tiles that hold columns of block `b`.
-    fn tiles_of(self, b: usize) -> Range<usize> {
-        self.start(b) / self.tile..(self.start(b) + self.range(b).len()).div_ceil(self.tile)
-    }
-
-    /// Room for the activations of one block's tiles where neighbours share tiles.
-    pub(super) fn own_row(self) -> usize {
-        (self.block / self.tile + 2) * self.tile
-    }
-
-    /// Where activations of block `b` stand in a row in which every block has tiles of its own.
-    pub(super) fn own_start(self, b: usize) -> usize {
-        b * self.own_row() + self.start(b) % self.tile
-    }
-
-    /// The tiles of each block. The activations of a block are those at its positions or, where blocks
-    /// share tiles, its own with zeros around them.
-    pub(super) fn direct_spans(self) -> Vec<Span> {
-        let own = !self.blocks_own_tiles();
-        let span = |b: usize| {
-            let tiles = self.tiles_of(b);
-            let acts = if own { b * self.own_row() } else { tiles.start * self.tile };
-            Span { first: tiles.start, count: tiles.len(), acts }
-        };
-        (0..self.blocks()).map(span).collect()
-    }
-
-    /// The unpacked units of each block.
-    pub(super) fn unpacked_spans(self) -> Vec<Span> {
-        let span = |b: usize| {
-            let first = self.start(b);
-            Span { first: first / self.unit, count: self.range(b).len().div_ceil(self.unit), acts: first }
+    /// The units of each block.
+    pub(super) fn spans(self) -> Vec<Span> {
+        let span = |b: usize| Span {
+            first: self.start(b) / self.unit,
+            count: self.range(b).len().div_ceil(self.unit),
         };
         (0..self.blocks()).map(span).collect()
     }

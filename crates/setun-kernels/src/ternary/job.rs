@@ -7,8 +7,8 @@ use super::columns::Span;
 #[cfg(target_arch = "x86_64")]
 use super::lut;
 use super::{
-    BlockDot, Blocks, Dot, Factor, MAX_COLUMNS, MAX_ROWS, MAX_TOKENS, PackedMatrix, Sums, TileKernels,
-    scalar, tile_kernels,
+    BlockDot, Blocks, Dot, Factor, MAX_COLUMNS, MAX_FOLDED_TOKENS, MAX_ROWS, MAX_TOKENS, PackedMatrix, Sums,
+    TileKernels, scalar, tile_kernels,
 };
 use crate::buffer::Buffer;
 #[cfg(target_arch = "x86_64")]
@@ -22,6 +22,8 @@ use crate::threads::{Pool, SharedMut};
 const SCALAR_ROWS: usize = 16;
 /// Most tokens of a chunk: the rows of sums stay in the second-level cache.
 const MOST_TOKENS: usize = 512;
+/// Most activations of a chunk of packed weights, to stay in the second-level cache from panel to panel.
+const ACTIVATIONS: usize = 512 << 10;
 /// Activations that take longer to prepare than a fork.
 const WORTH_A_FORK: usize = 1 << 15;
 
@@ -29,17 +31,6 @@ const WORTH_A_FORK: usize = 1 << 15;
 pub(super) enum Out {
     F32(SharedMut<f32>),
     I32(SharedMut<i32>),
-}
-
-/// Where the activations of a product come from.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Rows {
-    /// As they are.
-    Given,
-    /// Copied to their positions.
-    Placed,
-    /// Copied so that each block has tiles of its own.
-    Own,
 }
 
 /// How a product goes through its matrix. Products that agree in it share what is [`Prepared`].
@@ -50,35 +41,34 @@ pub(super) struct Plan {
     direct: bool,
     /// Whether every block of columns has its own scale to apply.
     by_block: bool,
-    rows: Rows,
+    /// Whether activations are copied to their positions, with gaps between blocks.
+    placed: bool,
 }
 
 impl Plan {
     pub(super) fn new(matrix: &PackedMatrix, acts: &Activations, floats: bool) -> Self {
         let columns = matrix.columns;
         let by_block = floats && matches!(matrix.scales, Scales::Block { .. });
-        let (direct, rows) = match tile_kernels(matrix.kernels.products) {
-            None => (true, Rows::Given),
+        let (direct, placed) = match tile_kernels(matrix.kernels.products) {
+            None => (true, false),
             Some(k) => {
-                // Shared tiles are multiplied twice.
-                let limit =
-                    if by_block && !columns.blocks_own_tiles() { k.direct_limit / 4 } else { k.direct_limit };
+                // Blocks are cut into pieces, where a field could overflow, at whole tiles only.
+                let whole = columns.unit == columns.tile || columns.block <= MAX_COLUMNS;
+                let limit = match by_block {
+                    false => k.direct_limit,
+                    true if whole => k.block_limit,
+                    true => 0,
+                };
                 #[cfg(target_arch = "x86_64")]
                 let limit = if lut::wanted(matrix, acts) { usize::MAX } else { limit };
-                let direct = acts.tokens() <= limit;
-                let rows = match (direct && by_block && !columns.blocks_own_tiles(), columns.contiguous()) {
-                    (true, _) => Rows::Own,
-                    (false, true) => Rows::Given,
-                    (false, false) => Rows::Placed,
-                };
-                (direct, rows)
+                (acts.tokens() <= limit, !columns.contiguous())
             }
         };
-        Self { columns, direct, by_block, rows }
+        Self { columns, direct, by_block, placed }
     }
 
     pub(super) fn needs_preparation(self) -> bool {
-        self.by_block || self.rows != Rows::Given
+        self.by_block || self.placed
     }
 }
 
@@ -97,11 +87,7 @@ impl Prepared {
     pub(super) fn new(plan: Plan, acts: &Activations, kernels: &Kernels, pool: &Pool) -> Self {
         let (tokens, columns) = (acts.tokens(), plan.columns);
         let blocks = columns.blocks();
-        let stride = match plan.rows {
-            Rows::Given => 0,
-            Rows::Placed => columns.tiles() * columns.tile,
-            Rows::Own => blocks * columns.own_row(),
-        };
+        let stride = if plan.placed { columns.tiles() * columns.tile } else { 0 };
         let mut rows = alloc::vec![0; tokens * stride];
         let tokens_per_chunk = WORTH_A_FORK.div_ceil(columns.cols.max(1));
         if stride > 0 {
@@ -110,7 +96,7 @@ impl Prepared {
                     let given = acts.row(chunk * tokens_per_chunk + i);
                     for b in 0..blocks {
                         let from = columns.range(b);
-                        let to = if plan.rows == Rows::Own { columns.own_start(b) } else { columns.start(b) };
+                        let to = columns.start(b);
                         row[to..to + from.len()].copy_from_slice(&given[from]);
                     }
                 }
@@ -179,13 +165,15 @@ impl<'a> Job<'a> {
         let kernels = tile_kernels(matrix.kernels.products);
         let tokens = acts.tokens();
         let panels = matrix.rows.div_ceil(kernels.map_or(SCALAR_ROWS, |k| k.rows));
-        let chunk_tokens = if plan.direct {
-            tokens.max(1)
-        } else {
-            // A panel is unpacked once for each chunk, which a few dozen tokens pay for.
-            let pieces = if threads == 1 { 1 } else { (threads * 4).div_ceil(panels.max(1)) };
-            tokens.div_ceil(pieces).clamp(48, MOST_TOKENS).next_multiple_of(MAX_TOKENS)
+        // A panel is fetched, or unpacked, once for each chunk, which a few dozen tokens pay for.
+        let pieces = if threads == 1 { 1 } else { (threads * 4).div_ceil(panels.max(1)) };
+        let (group, most) = match kernels {
+            Some(k) if plan.direct => (k.direct_tokens, ACTIVATIONS / matrix.cols().max(1)),
+            Some(k) => (k.unpacked_tokens, MOST_TOKENS),
+            None => (1, MOST_TOKENS),
         };
+        let most = most.clamp(48, MOST_TOKENS);
+        let chunk_tokens = tokens.div_ceil(pieces).clamp(48, most).next_multiple_of(group);
         let chunks = panels * tokens.div_ceil(chunk_tokens);
         #[cfg(target_arch = "x86_64")]
         let looked_up = lut::wanted(matrix, acts).then(|| lut::Cut::new(matrix, tokens, threads));
@@ -265,16 +253,17 @@ impl<'a> Job<'a> {
         let (tiles, tile_bytes) = (columns.tiles(), k.rows * 4);
         let packed = &m.bytes[panel * tiles * tile_bytes..][..tiles * tile_bytes];
         if self.plan.direct {
-            let whole = Span { first: 0, count: tiles, acts: 0 };
+            let whole = Span { first: 0, count: tiles };
             let weights = Weights {
                 bytes: packed,
                 step_bytes: tile_bytes,
                 step_cols: columns.tile,
                 dot: k.direct,
                 fused: k.direct_blocks,
-                spans: if self.plan.by_block { &m.direct_spans } else { &[whole] },
+                spans: if self.plan.by_block { &m.spans } else { &[whole] },
             };
-            for group in even_groups(tokens, k.direct_tokens) {
+            let most = if self.plan.by_block { MAX_FOLDED_TOKENS } else { MAX_TOKENS };
+            for group in even_groups(tokens, k.direct_tokens.min(most)) {
                 // SAFETY: `packed` is `tiles` tiles, and `k` belongs to the matrix's kernel set.
                 unsafe { self.run_group(k, &weights, panel, group) };
             }
@@ -282,14 +271,14 @@ impl<'a> Job<'a> {
             with_scratch(k.rows * columns.tile * tiles, |bytes| {
                 // SAFETY: there is room for a byte of every position of every tile.
                 unsafe { (k.unpack)(packed.as_ptr(), tiles, bytes.as_mut_ptr()) };
-                let whole = Span { first: 0, count: columns.positions().div_ceil(columns.unit), acts: 0 };
+                let whole = Span { first: 0, count: columns.positions().div_ceil(columns.unit) };
                 let weights = Weights {
                     bytes,
                     step_bytes: k.rows * columns.unit,
                     step_cols: columns.unit,
                     dot: k.unpacked,
                     fused: k.unpacked_blocks,
-                    spans: if self.plan.by_block { &m.unpacked_spans } else { &[whole] },
+                    spans: if self.plan.by_block { &m.spans } else { &[whole] },
                 };
                 for group in even_groups(tokens, k.unpacked_tokens) {
                     // SAFETY: `bytes` holds the unpacked positions; `k` as above.
@@ -309,6 +298,7 @@ impl<'a> Job<'a> {
             *row = self.act_row(t).as_ptr();
         }
         let rows = &rows[..tokens.len()];
+        self.fetch_out(k, panel, tokens.clone());
         if self.plan.by_block {
             let mut y = [[0.0; MAX_ROWS]; MAX_TOKENS];
             // SAFETY: the caller's promise.
@@ -316,9 +306,9 @@ impl<'a> Job<'a> {
             for (y, t) in y.iter().zip(tokens) {
                 let Out::F32(out) = self.out else { unreachable!("scales are applied for floats only") };
                 let inverse = self.acts.inverse(t);
-                // SAFETY: these rows of token `t` belong to this chunk alone.
-                let out = unsafe { self.out_rows(out, k, panel, t) };
-                out.iter_mut().zip(y).for_each(|(out, y)| *out = y * inverse);
+                // SAFETY: these rows of token `t` belong to this chunk alone; the caller vouches for the
+                // instruction set.
+                unsafe { (k.scale)(y, inverse, self.out_rows(out, k, panel, t)) };
             }
             return;
         }
@@ -344,6 +334,27 @@ impl<'a> Job<'a> {
                     };
                     // SAFETY: the caller vouches for the instruction set.
                     unsafe { (k.finish)(sums, correction, factor, out) };
+                }
+            }
+        }
+    }
+
+    /// Fetches the cache lines of the outputs, which are rows apart: while stores wait for them, those after
+    /// them fill up the queue.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
+    fn fetch_out(&self, k: &TileKernels, panel: usize, tokens: Range<usize>) {
+        #[cfg(target_arch = "x86_64")]
+        for t in tokens {
+            use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let start = match self.out {
+                Out::F32(out) => out.as_ptr().cast::<i8>(),
+                Out::I32(out) => out.as_ptr().cast(),
+            };
+            for line in (0..k.rows * 4).step_by(64) {
+                // SAFETY: prefetching never faults, wherever the address points.
+                unsafe {
+                    let at = (t * self.matrix.rows + panel * k.rows) * 4 + line;
+                    _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(at));
                 }
             }
         }
@@ -426,7 +437,7 @@ impl Weights<'_> {
             let mut acts = [core::ptr::null(); MAX_TOKENS];
             for (a, row) in acts.iter_mut().zip(rows) {
                 // SAFETY: the caller's promise.
-                *a = unsafe { row.add(span.acts + done * self.step_cols) };
+                *a = unsafe { row.add((span.first + done) * self.step_cols) };
             }
             let from = self.bytes[(span.first + done) * self.step_bytes..].as_ptr();
             let dot = |to: &mut Sums| {
@@ -454,10 +465,10 @@ pub(super) fn even_groups(tokens: Range<usize>, most: usize) -> impl Iterator<It
 }
 
 /// Runs all chunks of all jobs as one piece of work.
-pub(super) fn run(jobs: &[Job], pool: &Pool) {
-    let total = jobs.iter().map(|job| job.chunks).sum();
+pub(super) fn run(jobs: &[Option<Job>], pool: &Pool) {
+    let total = jobs.iter().flatten().map(|job| job.chunks).sum();
     pool.run_neighbours(total, &|mut chunk| {
-        for job in jobs {
+        for job in jobs.iter().flatten() {
             if chunk < job.chunks {
                 return job.run_chunk(chunk);
             }

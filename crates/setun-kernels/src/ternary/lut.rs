@@ -166,8 +166,8 @@ impl<const V: usize> Block<'_, V> {
         self.sums.fill([_mm256_setzero_si256(); V]);
         self.total.fill(zero);
         self.folded.fill(zero);
-        let whole = Span { first: 0, count: m.columns.tiles(), acts: 0 };
-        let spans = if job.by_block() { &m.direct_spans } else { &[whole][..] };
+        let whole = Span { first: 0, count: m.columns.tiles() };
+        let spans = if job.by_block() { &m.spans } else { &[whole][..] };
         for (b, span) in spans.iter().enumerate() {
             let mut tiles = span.first..span.first + span.count;
             while !tiles.is_empty() {

@@ -17,12 +17,14 @@ pub(super) static KERNELS: TileKernels = TileKernels {
     direct,
     direct_tokens: 2,
     direct_limit: 8,
+    block_limit: 8,
     unpack,
     unpacked,
     unpacked_tokens: 2,
     direct_blocks: None,
     unpacked_blocks: None,
     fold,
+    scale,
     finish,
 };
 
@@ -217,6 +219,11 @@ unsafe fn unpacked_many<const T: usize>(
 /// See [`TileKernels::fold`].
 pub(super) unsafe fn fold(sums: &[i32], correction: i32, scales: BlockScales, y: &mut [f32]) {
     super::fold_generic(sums, correction, scales, y);
+}
+
+/// See [`TileKernels::scale`].
+pub(super) unsafe fn scale(y: &[f32], factor: f32, out: &mut [f32]) {
+    super::scale_generic(y, factor, out);
 }
 
 /// See [`TileKernels::finish`].

@@ -19,12 +19,14 @@ pub(super) static KERNELS: TileKernels = TileKernels {
     direct,
     direct_tokens: 4,
     direct_limit: 8,
+    block_limit: 8,
     unpack,
     unpacked,
     unpacked_tokens: 6,
     direct_blocks: None,
     unpacked_blocks: None,
     fold: neon::fold,
+    scale: neon::scale,
     finish: neon::finish,
 };
 
