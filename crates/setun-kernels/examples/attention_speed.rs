@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use setun_kernels::attention::{AttentionShape, KvStore, KvType, Queries};
+use setun_kernels::attention::{Against, AttentionShape, KvStore, KvType, Queries};
 use setun_kernels::{Kernels, Pool, peak, threads};
 
 fn noise(len: usize, mut seed: u32) -> Vec<f32> {
@@ -56,7 +56,8 @@ fn main() {
                 let q = noise(tokens * shape.heads * shape.head_dim, 7);
                 let mut out = vec![0.0; q.len()];
                 let s = seconds(3, || {
-                    let mut queries = [Queries { q: &q, out: &mut out, first: 0, store: &store }];
+                    let mut queries =
+                        [Queries { q: &q, out: &mut out, first: 0, against: Against::Stored(&store) }];
                     k.attention(&shape, 0, &mut queries, &pool);
                 });
                 let flops = (2 * shape.head_dim * shape.heads * tokens * (tokens + 1)) as f64;
@@ -78,8 +79,12 @@ fn main() {
                     let store = filled(kind, &shape, layers, context, &pool);
                     let s = seconds(9, || {
                         for layer in 0..layers {
-                            let mut queries =
-                                [Queries { q: &q, out: &mut out, first: context - 1, store: &store }];
+                            let mut queries = [Queries {
+                                q: &q,
+                                out: &mut out,
+                                first: context - 1,
+                                against: Against::Stored(&store),
+                            }];
                             k.attention(&shape, layer, &mut queries, &pool);
                         }
                     });
