@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use setun_kernels::attention::{AttentionShape, KvStore, KvType, Queries};
+use setun_kernels::attention::{Against, AttentionShape, KvStore, KvType, Queries};
 use setun_kernels::{Kernels, Pool, peak, threads};
 
 fn noise(len: usize, mut seed: u32) -> Vec<f32> {
@@ -37,6 +37,33 @@ fn filled(kind: KvType, shape: &AttentionShape, layers: usize, positions: usize,
     store
 }
 
+/// Seconds of a layer for one token at position `context - 1`, after other memory went through the caches, as weights do:
+/// storing its keys and values first, and on the way.
+fn cold(k: &Kernels, kind: KvType, shape: &AttentionShape, context: usize, pool: &Pool) -> [f64; 2] {
+    const LAYERS: usize = 30;
+    let mut store = filled(kind, shape, LAYERS, context, pool);
+    let (q, first) = (noise(shape.heads * shape.head_dim, 9), context - 1);
+    let rows = noise(shape.kv_heads * shape.head_dim, 3);
+    let mut out = vec![0.0; q.len()];
+    let mut other = vec![1.0f32; 24 << 20];
+    let mut pass = |apart: bool| {
+        let layer = |layer| {
+            pool.run_chunks_mut(&mut other, 1 << 18, |_, part| part.iter_mut().for_each(|x| *x = -*x));
+            let started = Instant::now();
+            let against = if apart {
+                store.put(k, layer, first, &rows, &rows, pool);
+                Against::Stored(&store)
+            } else {
+                Against::Storing { store: &mut store, keys: &rows, values: &rows }
+            };
+            k.attention(shape, layer, &mut [Queries { q: &q, out: &mut out, first, against }], pool);
+            started.elapsed().as_secs_f64()
+        };
+        (0..LAYERS).map(layer).sum::<f64>() / LAYERS as f64
+    };
+    [true, false].map(|apart| (0..5).map(|_| pass(apart)).fold(f64::INFINITY, f64::min))
+}
+
 fn main() {
     let mut args = std::env::args().skip(1);
     let count = args.next().and_then(|a| a.parse().ok()).unwrap_or_else(threads::physical_cores_allowed);
@@ -56,7 +83,8 @@ fn main() {
                 let q = noise(tokens * shape.heads * shape.head_dim, 7);
                 let mut out = vec![0.0; q.len()];
                 let s = seconds(3, || {
-                    let mut queries = [Queries { q: &q, out: &mut out, first: 0, store: &store }];
+                    let mut queries =
+                        [Queries { q: &q, out: &mut out, first: 0, against: Against::Stored(&store) }];
                     k.attention(&shape, 0, &mut queries, &pool);
                 });
                 let flops = (2 * shape.head_dim * shape.heads * tokens * (tokens + 1)) as f64;
@@ -78,8 +106,12 @@ fn main() {
                     let store = filled(kind, &shape, layers, context, &pool);
                     let s = seconds(9, || {
                         for layer in 0..layers {
-                            let mut queries =
-                                [Queries { q: &q, out: &mut out, first: context - 1, store: &store }];
+                            let mut queries = [Queries {
+                                q: &q,
+                                out: &mut out,
+                                first: context - 1,
+                                against: Against::Stored(&store),
+                            }];
                             k.attention(&shape, layer, &mut queries, &pool);
                         }
                     });
@@ -94,6 +126,14 @@ fn main() {
                     }
                 }
                 println!();
+            }
+        }
+        for kind in [KvType::F16, KvType::Int8] {
+            for context in [16, 100, 200] {
+                let [apart, together] = cold(k, kind, &shape, context, &pool).map(|s| s * 1e6);
+                println!(
+                    "  {kind:4} decode from memory, {context}: {together:.1} us a layer, {apart:.1} us storing first"
+                );
             }
         }
         let width = shape.kv_heads * shape.head_dim;

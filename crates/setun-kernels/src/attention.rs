@@ -22,6 +22,7 @@ mod softmax;
 mod store;
 mod tile;
 
+use store::NewRows;
 pub use store::{KvStore, KvType};
 
 /// Positions per segment of the online softmax. Part of the definition: another size gives other bits.
@@ -57,8 +58,34 @@ pub struct Queries<'a> {
     pub out: &'a mut [f32],
     /// Position of the first token.
     pub first: usize,
-    /// Keys and values of all positions up to the last token's, stored before.
-    pub store: &'a KvStore,
+    /// What they see.
+    pub against: Against<'a>,
+}
+
+/// Keys and values of all positions up to the last token's.
+#[derive(Debug)]
+pub enum Against<'a> {
+    /// All stored before.
+    Stored(&'a KvStore),
+    /// Those of the tokens themselves are stored now. Of few tokens it is done by whoever reads them next, who has just asked memory for
+    /// what lies around them.
+    Storing {
+        /// Holds the positions before the tokens, and has room for theirs.
+        store: &'a mut KvStore,
+        /// `[tokens, kv_heads * head_dim]`, rotated.
+        keys: &'a [f32],
+        /// The same shape.
+        values: &'a [f32],
+    },
+}
+
+impl Against<'_> {
+    fn store(&self) -> &KvStore {
+        match self {
+            Self::Stored(store) => store,
+            Self::Storing { store, .. } => store,
+        }
+    }
 }
 
 /// Some neighbouring tokens of a sequence against one key–value head.
@@ -70,6 +97,16 @@ struct Tile {
     /// Where its records start, if its segments are tasks of their own; and how many of those are left.
     records: usize,
     left: AtomicUsize,
+}
+
+/// A sequence as tasks see it.
+struct Input<'a> {
+    q: &'a [f32],
+    first: usize,
+    store: &'a KvStore,
+    /// What tasks store: only where every head has one tile, so that no other reads it.
+    new: Option<NewRows<'a>>,
+    out: Parts<'a>,
 }
 
 impl Kernels {
@@ -89,14 +126,17 @@ impl Kernels {
         );
         assert!(window != Some(0), "attention: a window of 0 sees nothing");
         let (group, window) = (heads / kv_heads, window.unwrap_or(usize::MAX));
-        for Queries { q, out, first, store } in sequences.iter() {
-            let tokens = q.len() / width;
+        for Queries { q, out, first, against } in sequences.iter() {
+            let (tokens, store) = (q.len() / width, against.store());
             assert!(
                 q.len() == tokens * width && out.len() == q.len(),
                 "attention: q or out is not [tokens, width]"
             );
             assert!(first + tokens <= store.capacity(), "attention: positions beyond the cache");
             store.check(layer, kv_heads, head_dim);
+            if let Against::Storing { keys, .. } = against {
+                assert!(keys.len() == tokens * kv_heads * head_dim, "attention: keys are not of the tokens");
+            }
         }
         let tokens: usize = sequences.iter().map(|s| s.q.len() / width).sum();
         // A prompt that fills less than a few tasks per thread is cut finer.
@@ -123,13 +163,29 @@ impl Kernels {
         let row = head_dim.div_ceil(crate::lanes::LANES) + 1;
         let apart =
             tiles.len() < TASKS_PER_THREAD * pool.threads() && tiles.iter().any(|t| t.segments.len() > 1);
-        let inputs: Vec<_> =
-            sequences.iter_mut().map(|s| (s.q, s.first, s.store, Parts::new(s.out))).collect();
+        let inputs: Vec<_> = sequences
+            .iter_mut()
+            .map(|s| {
+                let tokens = s.q.len() / width;
+                let (store, new) = match &mut s.against {
+                    Against::Stored(store) => (*store, None),
+                    Against::Storing { store, keys, values } => {
+                        let now = tokens > step;
+                        if now {
+                            store.put(self, layer, s.first, keys, values, pool);
+                        }
+                        let store = &**store;
+                        (store, (!now).then(|| store.rows(layer, s.first, keys, values)))
+                    }
+                };
+                Input { q: s.q, first: s.first, store, new, out: Parts::new(s.out) }
+            })
+            .collect();
         let at = |tile: &Tile, row: usize| {
             (tile.tokens.start + row / group) * width + (tile.head * group + row % group) * head_dim
         };
         let run = |tile: &Tile, segments: std::ops::Range<usize>, records: &mut [crate::lanes::Chunk]| {
-            let (q, first, store, _) = &inputs[tile.sequence];
+            let Input { q, first, store, new, .. } = &inputs[tile.sequence];
             let rows = tile.tokens.len() * group;
             with_scratch(segment::scratch_chunks(store.layout(), rows), |scratch| {
                 self.lanes(Task {
@@ -144,6 +200,7 @@ impl Kernels {
                     scale: shape.scale,
                     window,
                     segments,
+                    new: new.as_ref(),
                     records,
                     scratch,
                 });
@@ -153,7 +210,7 @@ impl Kernels {
             let rows = tile.tokens.len() * group;
             for r in 0..rows {
                 // SAFETY: a tile owns its tokens' part of its heads, and is finished once.
-                let out = unsafe { inputs[tile.sequence].3.get(at(tile, r), head_dim) };
+                let out = unsafe { inputs[tile.sequence].out.get(at(tile, r), head_dim) };
                 self.lanes(Finish {
                     records: &mut records[r * row..],
                     dims: row - 1,

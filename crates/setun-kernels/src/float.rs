@@ -142,6 +142,10 @@ fn zip_lanes<S: Lanes>(s: S, a: &[f32], b: &[f32], out: &mut [f32], op: impl Fn(
 job!(Dot { a: &'a [f32], b: &'a [f32] } -> f32, |s| { dot_lanes(s, a, b) });
 
 job!(RmsNorm { x: &'a [f32], weight: Option<&'a [f32]>, eps: f32, out: &'a mut [f32] } -> (), |s| {
+    // Weights were last read a token ago: they come from memory while the squares are summed.
+    for chunk in weight.unwrap_or_default().chunks(LANES) {
+        s.prefetch(chunk.as_ptr());
+    }
     let inverse = 1.0 / (dot_lanes(s, x, x) / x.len() as f32 + eps).sqrt();
     let inverse = s.splat(inverse);
     match weight {

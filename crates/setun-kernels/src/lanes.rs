@@ -175,7 +175,7 @@ impl Kernels {
 /// # Safety
 /// The CPU has the enabled features.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 unsafe fn run_avx512<J: Job>(job: J) -> J::Out {
     job.run(Avx512(()))
 }

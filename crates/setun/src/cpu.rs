@@ -1,7 +1,7 @@
 //! The CPU executor: packed weights, integer products, KV cache.
 
 use setun_kernels::Kernels;
-use setun_kernels::attention::{AttentionShape, Queries};
+use setun_kernels::attention::{Against, AttentionShape, Queries};
 use setun_kernels::delta::DeltaGates;
 use setun_kernels::dense::DenseMatrix;
 use setun_kernels::matrix::TernaryMatrix;
@@ -334,26 +334,25 @@ impl Ops for CpuOps<'_, '_> {
             scale: shape.scale,
             window: shape.window,
         };
-        let mut first = 0;
-        for part in self.parts.iter_mut() {
-            let rows = first * k.width..(first + part.tokens) * k.width;
-            part.cache.put(self.kernels, shape.layer, &k.data[rows.clone()], &v.data[rows], self.pool);
-            first += part.tokens;
-        }
         // Layers of a model are those of all its caches.
         let slot = self.parts.first().map_or(0, |part| part.cache.slot(shape.layer));
-        let (mut queries, mut rest_q, mut rest_out) =
-            (Vec::with_capacity(self.parts.len()), &q.data[..], &mut out.data[..]);
-        for part in self.parts.iter() {
-            let (q_rows, out_rows);
-            (q_rows, rest_q) = rest_q.split_at(part.tokens * q.width);
-            (out_rows, rest_out) = std::mem::take(&mut rest_out).split_at_mut(part.tokens * q.width);
+        let (mut first, mut rest) = (0, &mut out.data[..]);
+        let mut queries = Vec::with_capacity(self.parts.len());
+        for part in self.parts.iter_mut() {
+            let of = |buf: &Buf| first * buf.width..(first + part.tokens) * buf.width;
+            let own;
+            (own, rest) = std::mem::take(&mut rest).split_at_mut(part.tokens * q.width);
             queries.push(Queries {
-                q: q_rows,
-                out: out_rows,
+                q: &q.data[of(&q)],
+                out: own,
                 first: part.cache.len(),
-                store: part.cache.store(),
+                against: Against::Storing {
+                    keys: &k.data[of(&k)],
+                    values: &v.data[of(&v)],
+                    store: part.cache.store(),
+                },
             });
+            first += part.tokens;
         }
         self.kernels.attention(&kernel_shape, slot, &mut queries, self.pool);
         for buf in [q, k, v] {

@@ -4,9 +4,7 @@
 //! made with. A gated DeltaNet layer keeps a state of fixed size that every token overwrites: it cannot be rewound, only put back
 //! to where it was copied ([`KvCache::mark`]).
 
-use setun_kernels::Kernels;
 use setun_kernels::attention::KvStore;
-use setun_kernels::threads::Pool;
 
 pub use setun_kernels::attention::KvType;
 
@@ -148,15 +146,9 @@ impl KvCache {
         self.store.reserve(self.len + more);
     }
 
-    /// Stores keys and values `[tokens, kv_heads * head_dim]` of `layer`, of the tokens after the filled positions.
-    pub(crate) fn put(&mut self, kernels: &Kernels, layer: usize, keys: &[f32], values: &[f32], pool: &Pool) {
-        let slot = self.slot(layer);
-        self.store.put(kernels, slot, self.len, keys, values, pool);
-    }
-
     /// Keys and values of all layers.
-    pub(crate) fn store(&self) -> &KvStore {
-        &self.store
+    pub(crate) fn store(&mut self) -> &mut KvStore {
+        &mut self.store
     }
 
     /// Which layer of the store is `layer` of the model.

@@ -7,7 +7,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::softmax::{SCORES, Total, all_finite, largest, merge, softmax};
-use super::store::{KvStore, KvType, Layout, Section, WIDTH};
+use super::store::{KvStore, KvType, Layout, NewRows, Section, WIDTH};
 use super::tile::{Element, columns, product, rows};
 use super::{BLOCK, SEGMENT};
 use crate::lanes::{Chunk, Job, LANES, Lanes, chunk_at};
@@ -45,6 +45,8 @@ pub(super) struct Task<'a> {
     pub scale: f32,
     pub window: usize,
     pub segments: std::ops::Range<usize>,
+    /// What is stored before anything is read, as far as it lies in the segments.
+    pub new: Option<&'a NewRows<'a>>,
     /// `[rows, dims + 1]`: a row's weighted values, then maximum and sum. Overwritten.
     pub records: &'a mut [Chunk],
     pub scratch: &'a mut [Chunk],
@@ -90,6 +92,11 @@ impl Job for Task<'_> {
     type Out = ();
     #[inline(always)]
     fn run<S: Lanes>(self, s: S) {
+        for (segment, new) in self.segments.clone().zip(self.new.iter().cycle()) {
+            // SAFETY: where something is to be stored, this is the only task of the head that has the segment, and whoever
+            // made it holds the store exclusively.
+            unsafe { self.store.put_part(s, self.layer, self.head, segment, new) };
+        }
         for record in self.records.chunks_exact_mut(self.store.layout().dims() + 1) {
             clear(record);
         }
@@ -106,6 +113,12 @@ impl<'a> Task<'a> {
     fn query(&self, row: usize) -> &'a [f32] {
         let head_dim = self.store.layout().head_dim;
         &self.q[row / self.group * self.width + row % self.group * head_dim..][..head_dim]
+    }
+
+    #[inline(always)]
+    fn section(&self, segment: usize) -> Section<'a> {
+        // SAFETY: only tasks store meanwhile, each into segments of heads that it alone has, and before it reads them.
+        unsafe { self.store.section(self.layer, self.head, segment) }
     }
 
     /// What of a segment the rows see; nothing where it is empty.
@@ -141,7 +154,7 @@ impl<'a> Task<'a> {
         }
         let mut tile = FloatTile { rows: None, queries, scores, values, records };
         for segment in self.segments.clone() {
-            let section = self.store.section(self.layer, self.head, segment);
+            let section = self.section(segment);
             let Some(rows) = self.rows_of(segment, &section) else { continue };
             tile.rows = Some(rows);
             let (keys, stored) =
@@ -184,7 +197,7 @@ impl<'a> Task<'a> {
         let queries = cast(queries);
         let mut tile = CodeTile { queries, scales, scores, weights: cast_mut(weights), values, records };
         for segment in self.segments.clone() {
-            let section = self.store.section(self.layer, self.head, segment);
+            let section = self.section(segment);
             let Some(rows) = self.rows_of(segment, &section) else { continue };
             if self.rows <= DIRECT {
                 rows!(row < self.rows, R of 4 => tile.run::<S, BITS, R>(s, rows, row, section));

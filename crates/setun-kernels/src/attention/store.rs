@@ -196,15 +196,81 @@ impl KvStore {
         }
     }
 
-    pub(super) fn section(&self, layer: usize, head: usize, segment: usize) -> Section<'_> {
+    /// Where a head's part of a segment lies in its memory, and the positions of the segment.
+    fn part(&self, layer: usize, head: usize, segment: usize) -> (usize, usize, usize) {
         let positions = self.positions(segment);
         let bytes = self.layout.head_bytes(positions);
-        let at = (layer * self.layout.kv_heads + head) * bytes;
+        ((layer * self.layout.kv_heads + head) * bytes, bytes, positions)
+    }
+
+    /// One head's part of a segment.
+    ///
+    /// # Safety
+    /// Nobody stores into it while the result lives.
+    pub(super) unsafe fn section(&self, layer: usize, head: usize, segment: usize) -> Section<'_> {
+        let (at, bytes, positions) = self.part(layer, head, segment);
         let [key_scales, keys, value_scales, _] = self.layout.sections(positions);
-        let (key_scales, rest) = self.segments[segment][at..at + bytes].split_at(key_scales);
+        // SAFETY: the caller's promise.
+        let memory = unsafe { self.segments[segment].part(at, bytes) };
+        let (key_scales, rest) = memory.split_at(key_scales);
         let (keys, rest) = rest.split_at(keys);
         let (value_scales, values) = rest.split_at(value_scales);
         Section { positions, key_scales: cast(key_scales), keys, value_scales: cast(value_scales), values }
+    }
+
+    /// Stores what of `new` lies in one head's part of a segment.
+    ///
+    /// # Safety
+    /// Nobody else refers to that part of that layer meanwhile.
+    #[inline(always)]
+    pub(super) unsafe fn put_part<S: Lanes>(
+        &self,
+        s: S,
+        layer: usize,
+        head: usize,
+        segment: usize,
+        new: &NewRows,
+    ) {
+        let start = segment * SEGMENT;
+        let (from, to) = (new.first.max(start), (new.first + new.tokens).min(start + SEGMENT));
+        if from >= to {
+            return;
+        }
+        let (at, bytes, positions) = self.part(layer, head, segment);
+        // SAFETY: the caller's promise.
+        let memory = unsafe { self.segments[segment].part_mut(at, bytes) };
+        let mut place = Place::new(self.layout, positions, memory);
+        if to - from < SERIAL {
+            place.prefetch(s, from - start);
+        }
+        let head_dim = self.layout.head_dim;
+        for at in from..to {
+            let row = (at - new.first) * new.width + head * head_dim;
+            let (key, value) = (&new.keys[row..row + head_dim], &new.values[row..row + head_dim]);
+            match self.layout.kind {
+                KvType::F32 => place.put_floats::<S, f32>(s, at - start, key, value),
+                KvType::F16 => place.put_floats::<S, f16>(s, at - start, key, value),
+                KvType::Int8 | KvType::Int4 => place.put_codes(s, at - start, key, value),
+            }
+        }
+    }
+
+    /// The rows of tokens from position `first` on. Panics where lengths differ, are no whole rows, or there is no room.
+    pub(super) fn rows<'a>(
+        &self,
+        layer: usize,
+        first: usize,
+        keys: &'a [f32],
+        values: &'a [f32],
+    ) -> NewRows<'a> {
+        let width = self.layout.kv_heads * self.layout.head_dim;
+        let tokens = keys.len() / width.max(1);
+        assert!(
+            keys.len() == tokens * width && values.len() == keys.len(),
+            "put: keys or values are no rows"
+        );
+        assert!(first + tokens <= self.capacity() && layer < self.layers, "put: no room for the positions");
+        NewRows { keys, values, width, first, tokens }
     }
 
     /// Stores rows `[kv_heads * head_dim]` of keys and values of consecutive tokens from position `first` on. A position may be
@@ -223,48 +289,29 @@ impl KvStore {
         values: &[f32],
         pool: &Pool,
     ) {
-        let layout = self.layout;
-        let width = layout.kv_heads * layout.head_dim;
-        let tokens = keys.len() / width.max(1);
-        assert!(
-            keys.len() == tokens * width && values.len() == keys.len(),
-            "put: keys or values are no rows"
-        );
-        let end = first + tokens;
-        assert!(end <= self.capacity() && layer < self.layers, "put: no room for the positions");
-        let sizes: Vec<usize> = (0..self.segments.len()).map(|n| self.positions(n)).collect();
-        let mut places = Vec::with_capacity(2 * layout.kv_heads);
-        for (n, segment) in self.segments.iter_mut().enumerate().skip(first / SEGMENT) {
-            let start = n * SEGMENT;
-            let (from, to) = (first.max(start), end.min(start + SEGMENT));
-            if from >= to {
-                break;
-            }
-            let bytes = layout.head_bytes(sizes[n]);
-            let heads = segment[layer * layout.kv_heads * bytes..].chunks_exact_mut(bytes.max(1));
-            for (head, memory) in heads.take(layout.kv_heads).enumerate() {
-                places.push((head, start, from, to, sizes[n], memory));
-            }
-        }
-        let store = |_: usize, (head, start, from, to, positions, memory): (_, _, _, _, _, &mut [u8])| {
-            let place = Place::new(layout, positions, memory);
-            let rows = (from - first) * width + head * layout.head_dim;
-            let at = from - start;
-            kernels.lanes(Put {
-                place,
-                keys: &keys[rows..],
-                values: &values[rows..],
-                width,
-                at,
-                tokens: to - from,
-            });
+        let new = self.rows(layer, first, keys, values);
+        let (store, heads, start) = (&*self, self.layout.kv_heads, first / SEGMENT);
+        let tasks = ((first + new.tokens).div_ceil(SEGMENT) - start) * heads;
+        let task = |n: usize| {
+            kernels.lanes(Put { store, layer, head: n % heads, segment: start + n / heads, new: &new })
         };
-        if tokens < SERIAL {
-            places.into_iter().for_each(|place| store(0, place));
+        if new.tokens < SERIAL {
+            (0..tasks).for_each(task);
         } else {
-            pool.run_items(places, store);
+            pool.run(tasks, &task);
         }
     }
+}
+
+/// Keys and values `[tokens, width]` on their way into a store.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NewRows<'a> {
+    keys: &'a [f32],
+    values: &'a [f32],
+    width: usize,
+    /// Position of the first token.
+    first: usize,
+    pub tokens: usize,
 }
 
 /// Where one head's rows of one segment go.
@@ -285,6 +332,23 @@ impl<'a> Place<'a> {
         let (value_scales, values) = rest.split_at_mut(value_scales);
         let (key_scales, value_scales) = (cast_mut(key_scales), cast_mut(value_scales));
         Self { layout, positions, key_scales, keys, value_scales, values }
+    }
+
+    /// Asks for the lines that a position is written to: those of its key are far apart.
+    #[inline(always)]
+    fn prefetch<S: Lanes>(&self, s: S, at: usize) {
+        let codes = matches!(self.layout.kind, KvType::Int8 | KvType::Int4);
+        let parts = if codes { self.layout.pairs() } else { self.layout.head_dim };
+        let chunk = self.keys.len() / (self.positions / LANES * parts).max(1); // Bytes.
+        for part in 0..parts {
+            s.prefetch(self.keys.as_ptr().wrapping_add(Layout::key_chunk(parts, part, at) * chunk));
+        }
+        let row = self.values.len() / self.positions;
+        for panel in 0..self.layout.dims().div_ceil(WIDTH) {
+            let (first, width) = self.layout.panel(panel, self.positions);
+            let chunk = row / self.layout.dims();
+            s.prefetch(self.values.as_ptr().wrapping_add((first + at * width) * chunk));
+        }
     }
 
     /// The index of a value's chunk, rows being positions or pairs of them.
@@ -362,16 +426,8 @@ fn quantize<S: Lanes>(s: S, x: &[f32], levels: f32, finite: bool, codes: &mut [[
 }
 
 job!(Put {
-    place: Place<'a>, keys: &'a [f32], values: &'a [f32], width: usize, at: usize, tokens: usize
+    store: &'a KvStore, layer: usize, head: usize, segment: usize, new: &'a NewRows<'a>
 } -> (), |s| {
-    let mut place = place;
-    let head_dim = place.layout.head_dim;
-    for t in 0..tokens {
-        let (key, value) = (&keys[t * width..][..head_dim], &values[t * width..][..head_dim]);
-        match place.layout.kind {
-            KvType::F32 => place.put_floats::<_, f32>(s, at + t, key, value),
-            KvType::F16 => place.put_floats::<_, f16>(s, at + t, key, value),
-            KvType::Int8 | KvType::Int4 => place.put_codes(s, at + t, key, value),
-        }
-    }
+    // SAFETY: `KvStore::put` holds the store exclusively, and makes one task of every head and segment.
+    unsafe { store.put_part(s, layer, head, segment, new) }
 });

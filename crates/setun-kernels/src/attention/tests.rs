@@ -50,7 +50,12 @@ impl Layer {
     fn run(&self, k: &Kernels, from: usize, to: usize, store: &KvStore, pool: &Pool) -> Vec<f32> {
         let q = &self.q[from * self.width()..to * self.width()];
         let mut out = vec![f32::NAN; q.len()];
-        k.attention(&self.shape, 1, &mut [Queries { q, out: &mut out, first: from, store }], pool);
+        k.attention(
+            &self.shape,
+            1,
+            &mut [Queries { q, out: &mut out, first: from, against: Against::Stored(store) }],
+            pool,
+        );
         out
     }
 
@@ -177,6 +182,44 @@ fn bits_do_not_depend_on_how_the_prompt_is_cut() {
 }
 
 #[test]
+fn storing_on_the_way_gives_the_bits_and_the_cache_of_storing_before() {
+    let pools = [1, 2, 5].map(Pool::new);
+    for (heads, kv_heads, head_dim, window, tokens) in CASES {
+        let layer = Layer::new(heads, kv_heads, head_dim, window, tokens);
+        let kv_width = kv_heads * head_dim;
+        for (k, kind) in Kernels::available().flat_map(|k| KvType::ALL.map(|kind| (k, kind))) {
+            let expected = bits(&layer.run(k, 0, tokens, &layer.store(kind, k, &pools[0]), &pools[0]));
+            for (pool, chunk) in pools.iter().zip([3, 40, 300]) {
+                let mut store = KvStore::new(kind, 2, kv_heads, head_dim, layer.capacity);
+                let mut found = Vec::new();
+                for from in (0..tokens).step_by(chunk) {
+                    let to = tokens.min(from + chunk);
+                    store.reserve(to);
+                    let (rows, width) = (from * kv_width..to * kv_width, layer.width());
+                    let mut out = vec![f32::NAN; (to - from) * width];
+                    let against = Against::Storing {
+                        store: &mut store,
+                        keys: &layer.keys[rows.clone()],
+                        values: &layer.values[rows],
+                    };
+                    let q = &layer.q[from * width..to * width];
+                    k.attention(
+                        &layer.shape,
+                        1,
+                        &mut [Queries { q, out: &mut out, first: from, against }],
+                        pool,
+                    );
+                    found.extend(bits(&out));
+                }
+                let what = format!("{kind}, {}, pieces of {chunk}, {:?}", k.name(), layer.shape);
+                assert_eq!(found, expected, "{what}");
+                assert_eq!(bits(&layer.run(k, 0, tokens, &store, pool)), expected, "stored: {what}");
+            }
+        }
+    }
+}
+
+#[test]
 fn sequences_together_give_the_bits_of_each_alone() {
     let pool = Pool::new(3);
     let lengths = [3usize, 300, 1, 640, 70];
@@ -201,7 +244,7 @@ fn sequences_together_give_the_bits_of_each_alone() {
                         q: &l.q[from(l) * l.width()..],
                         out,
                         first: from(l),
-                        store,
+                        against: Against::Stored(store),
                     })
                     .collect();
                 k.attention(&layers[0].shape, 1, &mut queries, &pool);

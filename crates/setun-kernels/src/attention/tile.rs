@@ -67,8 +67,8 @@ pub(super) fn product<S: Lanes, E: Element, const R: usize, const C: usize>(
 
 // Few constants, because every one of these bodies is compiled for every instruction set and type of element.
 
-/// Runs `$body` with constant numbers of columns `$C` until `$at..$end` is done: four, or one where registers do not hold the
-/// sums of four for `$R` rows.
+/// Runs `$body` with constant numbers of columns `$C` until `$at..$end` is done: four or two, or one where registers do not hold
+/// more sums for `$R` rows.
 macro_rules! columns {
     ($S:ident, $R:ident, $at:ident < $end:expr, $C:ident => $body:expr) => {
         while $at < $end {
@@ -76,6 +76,10 @@ macro_rules! columns {
                 const $C: usize = 4;
                 $body;
                 $at += 4;
+            } else if $end - $at >= 2 && $S::WIDE {
+                const $C: usize = 2;
+                $body;
+                $at += 2;
             } else {
                 const $C: usize = 1;
                 $body;

@@ -137,7 +137,7 @@ mod x86 {
     }
 
     /// # Safety
-    /// The CPU has AVX-512 F and BW.
+    /// The CPU has AVX-512 F, BW and VNNI.
     #[inline(always)]
     pub(in super::super) unsafe fn dot_avx512<const BITS: usize, const R: usize, const C: usize>(
         a: [&[[i16; 2]]; R],
@@ -162,7 +162,7 @@ mod x86 {
                 for r in 0..R {
                     let x = _mm512_set1_epi32(a[r].as_ptr().add(k).cast::<i32>().read_unaligned());
                     for c in 0..C {
-                        sums[r][c] = _mm512_add_epi32(sums[r][c], _mm512_madd_epi16(x, codes[c]));
+                        sums[r][c] = _mm512_dpwssd_epi32(sums[r][c], x, codes[c]);
                     }
                 }
             }
