@@ -154,6 +154,19 @@ job!(RmsNorm { x: &'a [f32], weight: Option<&'a [f32]>, eps: f32, out: &'a mut [
     }
 });
 
+job!(RmsNormAssign { x: &'a mut [f32], weight: &'a [f32], eps: f32 } -> (), |s| {
+    let inverse = 1.0 / (dot_lanes(s, x, x) / x.len() as f32 + eps).sqrt();
+    let ((x_chunks, x_tail), (w_chunks, w_tail)) = (x.as_chunks_mut(), weight.as_chunks());
+    let splat = s.splat(inverse);
+    for (x, w) in x_chunks.iter_mut().zip(w_chunks) {
+        let normed = s.mul(s.mul(s.load(x), splat), s.load(w));
+        s.store(normed, x);
+    }
+    for (x, w) in x_tail.iter_mut().zip(w_tail) {
+        *x = *x * inverse * w;
+    }
+});
+
 job!(AddAssign { x: &'a mut [f32], y: &'a [f32] } -> (), |s| {
     let ((x_chunks, x_tail), (y_chunks, y_tail)) = (x.as_chunks_mut(), y.as_chunks());
     for (x, y) in x_chunks.iter_mut().zip(y_chunks) {
@@ -350,6 +363,12 @@ impl Kernels {
         assert_eq!(x.len(), out.len(), "rms_norm: lengths differ");
         assert!(weight.is_none_or(|w| w.len() == x.len()), "rms_norm: weight has another length");
         self.lanes(RmsNorm { x, weight, eps, out });
+    }
+
+    /// [`Kernels::rms_norm`] in place, with the same bits.
+    pub fn rms_norm_assign(&self, x: &mut [f32], weight: &[f32], eps: f32) {
+        assert_eq!(x.len(), weight.len(), "rms_norm_assign: weight has another length");
+        self.lanes(RmsNormAssign { x, weight, eps });
     }
 
     /// `x += y`.

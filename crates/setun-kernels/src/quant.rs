@@ -284,6 +284,39 @@ impl Activations {
         pool: Option<&Pool>,
     ) {
         assert_eq!(Some(x.len()), tokens.checked_mul(cols), "activations of {tokens} x {cols}");
+        self.quantize_rows(kernels, tokens, cols, pool, |t| &x[t * cols..][..cols]);
+    }
+
+    /// [`Activations::quantize`] of what `fill(t, row)` writes to each row of `x`, while that is in the nearest cache.
+    ///
+    /// Panics when `x` has another length.
+    pub fn quantize_filled(
+        &mut self,
+        kernels: &Kernels,
+        x: &mut [f32],
+        [tokens, cols]: [usize; 2],
+        pool: Option<&Pool>,
+        fill: impl Fn(usize, &mut [f32]) + Sync,
+    ) {
+        assert_eq!(Some(x.len()), tokens.checked_mul(cols), "activations of {tokens} x {cols}");
+        let x = SharedMut::new(x);
+        self.quantize_rows(kernels, tokens, cols, pool, |t| {
+            // SAFETY: row `t` of `x`, which is borrowed mutably until all rows are done; each is asked for once.
+            let row = unsafe { core::slice::from_raw_parts_mut(x.as_ptr().add(t * cols), cols) };
+            fill(t, row);
+            row
+        });
+    }
+
+    /// Quantises `row(t)`, asked for once for each token.
+    fn quantize_rows<'a>(
+        &mut self,
+        kernels: &Kernels,
+        tokens: usize,
+        cols: usize,
+        pool: Option<&Pool>,
+        row: impl Fn(usize) -> &'a [f32] + Sync,
+    ) {
         self.reshape(tokens, cols);
         let stride = self.lines_per_token * COLUMN_PAD;
         let lines = SharedMut::new(&mut self.lines);
@@ -293,7 +326,7 @@ impl Activations {
             // SAFETY: row `t` of `lines`, `cols <= stride` bytes long; `one` runs once for each token.
             let q =
                 unsafe { core::slice::from_raw_parts_mut(lines.as_ptr().cast::<i8>().add(t * stride), cols) };
-            let x = &x[t * cols..][..cols];
+            let x = row(t);
             let (inverse, sum) = match kernels.isa {
                 // SAFETY: a `Kernels` exists only when its instruction set was found.
                 #[cfg(target_arch = "x86_64")]

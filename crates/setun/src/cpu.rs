@@ -110,6 +110,8 @@ impl Source for CpuSource<'_> {
 pub struct Buf {
     pub(crate) data: Floats,
     pub(crate) width: usize,
+    /// Tells what is in it from all that was before.
+    contents: u64,
 }
 
 /// Memory for some floats, of which the first `used` are meant: it is lent again without being cleared or moved, which for
@@ -150,13 +152,25 @@ pub struct Workspace {
     /// From the smallest to the largest.
     free: Vec<Vec<f32>>,
     activations: Activations,
+    /// Which buffer's contents `activations` are.
+    quantized: u64,
+    /// Whether results of norms and gates are most often inputs of ternary layers: then they are quantised with them.
+    ternary: bool,
+    contents: u64,
     rope: RopeTable,
 }
 
 impl Workspace {
     /// An empty workspace for models with the position encoding of `config`.
     pub fn new(config: &ModelConfig) -> Self {
-        Self { free: Vec::new(), activations: Activations::new(), rope: RopeTable::new(&config.rope) }
+        Self {
+            free: Vec::new(),
+            activations: Activations::new(),
+            quantized: 0,
+            ternary: config.has_ternary_layers(),
+            contents: 0,
+            rope: RopeTable::new(&config.rope),
+        }
     }
 
     /// A buffer with values of no meaning: the smallest that holds as many, else a new one in place of the largest.
@@ -171,7 +185,12 @@ impl Workspace {
             setun_kernels::advise_huge_pages(&mut memory);
             memory
         };
-        Buf { data: Floats { memory, used }, width }
+        Buf { data: Floats { memory, used }, width, contents: self.fresh() }
+    }
+
+    fn fresh(&mut self) -> u64 {
+        self.contents += 1;
+        self.contents
     }
 
     fn put_back(&mut self, buf: Buf) {
@@ -255,7 +274,7 @@ impl Ops for CpuOps<'_, '_> {
     fn rms_norm(&mut self, x: &Buf, weight: &Vec<f32>, eps: f32) -> Buf {
         let mut out = self.work.buf(self.rows(x), x.width);
         let (kernels, width) = (self.kernels, weight.len());
-        self.by_rows(&mut out.data, width, |t, row| {
+        self.fill(&mut out, width, |t, row| {
             kernels.rms_norm(&x.data[t * width..(t + 1) * width], Some(weight), eps, row);
         });
         out
@@ -286,7 +305,10 @@ impl Ops for CpuOps<'_, '_> {
             }
         }
         if !packed.is_empty() {
-            self.work.activations.quantize(self.kernels, &x.data, tokens, x.width, Some(self.pool));
+            if self.work.quantized != x.contents {
+                self.work.activations.quantize(self.kernels, &x.data, tokens, x.width, Some(self.pool));
+                self.work.quantized = x.contents;
+            }
             PackedMatrix::matmul_group(&packed, &self.work.activations, &mut packed_out, self.pool);
         }
         for (layer, out) in layers.iter().zip(&mut out) {
@@ -322,6 +344,7 @@ impl Ops for CpuOps<'_, '_> {
             });
             first += part.tokens;
         }
+        x.contents = self.work.fresh();
         x
     }
 
@@ -441,18 +464,18 @@ impl Ops for CpuOps<'_, '_> {
     }
 
     fn gate(&mut self, gate: Buf, up: Buf, activation: Activation) -> Buf {
-        let mut out = self.work.buf(self.rows(&gate), gate.width);
-        let (kernels, width) = (self.kernels, gate.width);
-        self.by_rows(&mut out.data, width, |t, row| {
-            let (gate, up) = (&gate.data[t * width..(t + 1) * width], &up.data[t * width..(t + 1) * width]);
-            match activation {
-                Activation::Silu => kernels.silu_gate(gate, up, row),
-                Activation::Relu2 => kernels.relu2_gate(gate, up, row),
-            }
-        });
-        self.release(gate);
-        self.release(up);
-        out
+        self.gated(gate, up, activation, |_, _| ())
+    }
+
+    fn gate_normed(
+        &mut self,
+        gate: Buf,
+        up: Buf,
+        activation: Activation,
+        weight: &Vec<f32>,
+        eps: f32,
+    ) -> Buf {
+        self.gated(gate, up, activation, |kernels, row| kernels.rms_norm_assign(row, weight, eps))
     }
 
     fn mixture(
@@ -497,6 +520,7 @@ impl Ops for CpuOps<'_, '_> {
             first += rows.len();
         }
         let mut out = x;
+        out.contents = self.work.fresh();
         self.by_rows(&mut out.data, width, |t, row| {
             row.fill(0.0);
             for &(e, i) in &picked[t * used..][..used] {
@@ -513,6 +537,7 @@ impl Ops for CpuOps<'_, '_> {
             kernels.add_assign(row, &y.data[t * width..(t + 1) * width])
         });
         self.release(y);
+        x.contents = self.work.fresh();
         x
     }
 
@@ -528,6 +553,39 @@ impl Ops for CpuOps<'_, '_> {
 }
 
 impl CpuOps<'_, '_> {
+    /// Fills `out` row by row, `width` at a time. Whole rows are quantised as well, if that is what comes next in this model.
+    fn fill(&mut self, out: &mut Buf, width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+        if !self.work.ternary || width != out.width {
+            return self.by_rows(&mut out.data, width, f);
+        }
+        let (shape, pool) = ([self.rows(out), width], Some(self.pool));
+        self.work.activations.quantize_filled(self.kernels, &mut out.data, shape, pool, f);
+        self.work.quantized = out.contents;
+    }
+
+    /// `then(activation(gate) * up)`.
+    fn gated(
+        &mut self,
+        gate: Buf,
+        up: Buf,
+        activation: Activation,
+        then: impl Fn(&Kernels, &mut [f32]) + Sync,
+    ) -> Buf {
+        let mut out = self.work.buf(self.rows(&gate), gate.width);
+        let (kernels, width) = (self.kernels, gate.width);
+        self.fill(&mut out, width, |t, row| {
+            let (gate, up) = (&gate.data[t * width..(t + 1) * width], &up.data[t * width..(t + 1) * width]);
+            match activation {
+                Activation::Silu => kernels.silu_gate(gate, up, row),
+                Activation::Relu2 => kernels.relu2_gate(gate, up, row),
+            }
+            then(kernels, row);
+        });
+        self.release(gate);
+        self.release(up);
+        out
+    }
+
     fn rows(&self, x: &Buf) -> usize {
         x.data.len() / x.width.max(1)
     }

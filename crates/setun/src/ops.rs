@@ -248,6 +248,21 @@ pub trait Ops {
     /// `activation(gate) * up`.
     fn gate(&mut self, gate: Self::Buf, up: Self::Buf, activation: Activation) -> Self::Buf;
 
+    /// [`Ops::gate`], then [`Ops::rms_norm`]: for executors that do both while a row is at hand.
+    fn gate_normed(
+        &mut self,
+        gate: Self::Buf,
+        up: Self::Buf,
+        activation: Activation,
+        weight: &Self::Vector,
+        eps: f32,
+    ) -> Self::Buf {
+        let gated = self.gate(gate, up, activation);
+        let normed = self.rms_norm(&gated, weight, eps);
+        self.release(gated);
+        normed
+    }
+
     /// A mixture of experts: every row of `x` goes through the experts that [`Routing::pick`] gives for its row of `scores`
     /// `[tokens, experts]`, and the results, times their weights, are added up in rising order of experts.
     ///

@@ -1,7 +1,7 @@
 //! What a block does with each token alone: one gated layer, or a few of many.
 
 use super::experts::Experts;
-use super::{Source, linear, norm, optional, project};
+use super::{Source, linear, optional, project};
 use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::ops::{Linear, Ops};
@@ -94,8 +94,10 @@ impl<M, V> Gated<M, V> {
     ) -> O::Buf {
         let [gate, up] = project(c, ops, &normed, [&self.gate, &self.up]);
         ops.release(normed);
-        let gated = ops.gate(gate, up, c.activation);
-        let gated = norm(c, ops, gated, self.sub_norm.as_ref());
+        let gated = match &self.sub_norm {
+            Some(weight) => ops.gate_normed(gate, up, c.activation, weight, c.rms_norm_eps),
+            None => ops.gate(gate, up, c.activation),
+        };
         let [out] = project(c, ops, &gated, [&self.down]);
         ops.release(gated);
         out
