@@ -263,10 +263,16 @@ impl Activations {
     /// Sets the shape; rows keep zeros after their last column.
     fn reshape(&mut self, tokens: usize, cols: usize) {
         let lines_per_token = cols.next_multiple_of(LONGEST_TILE).div_ceil(COLUMN_PAD);
-        if (self.cols, self.lines_per_token) != (cols, lines_per_token) {
-            self.lines.clear(); // Other columns may have been written where zeros must be.
+        let used = tokens * lines_per_token;
+        if self.lines.len() < used {
+            self.lines.resize(used, Line([0; COLUMN_PAD]));
         }
-        self.lines.resize(tokens * lines_per_token, Line([0; COLUMN_PAD]));
+        if lines_per_token > 0 {
+            // Other columns may have been written where zeros must be.
+            for lines in self.lines[..used].chunks_exact_mut(lines_per_token) {
+                lines[cols / COLUMN_PAD..].fill(Line([0; COLUMN_PAD]));
+            }
+        }
         self.inverses.resize(tokens, 0.0);
         self.sums.resize(tokens, 0);
         (self.tokens, self.cols, self.lines_per_token) = (tokens, cols, lines_per_token);
