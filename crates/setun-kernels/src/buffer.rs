@@ -72,6 +72,7 @@ impl Buffer {
         Some(Self { data, len, origin: Origin::Mapped(start, size) })
     }
 
+    #[cfg(feature = "std")]
     /// Bytes `at..at + len`, for threads that each read and write parts of their own. Panics outside of the buffer.
     ///
     /// # Safety
@@ -83,6 +84,7 @@ impl Buffer {
         unsafe { core::slice::from_raw_parts_mut(self.data.as_ptr().add(at), len) }
     }
 
+    #[cfg(feature = "std")]
     /// Bytes `at..at + len`, while other threads may write other parts. Panics outside of the buffer.
     ///
     /// # Safety
