@@ -72,23 +72,23 @@ impl Buffer {
         Some(Self { data, len, origin: Origin::Mapped(start, size) })
     }
 
-    #[cfg(feature = "std")]
     /// Bytes `at..at + len`, for threads that each read and write parts of their own. Panics outside of the buffer.
     ///
     /// # Safety
     /// Nothing else refers to these bytes while the result lives.
     #[allow(clippy::mut_from_ref)]
+    #[cfg(feature = "std")]
     pub(crate) unsafe fn part_mut(&self, at: usize, len: usize) -> &mut [u8] {
         assert!(at <= self.len && len <= self.len - at, "part outside of the buffer");
         // SAFETY: initialised bytes owned by this buffer, reached by its pointer; the caller rules out overlap.
         unsafe { core::slice::from_raw_parts_mut(self.data.as_ptr().add(at), len) }
     }
 
-    #[cfg(feature = "std")]
     /// Bytes `at..at + len`, while other threads may write other parts. Panics outside of the buffer.
     ///
     /// # Safety
     /// Nobody writes these bytes while the result lives.
+    #[cfg(feature = "std")]
     pub(crate) unsafe fn part(&self, at: usize, len: usize) -> &[u8] {
         assert!(at <= self.len && len <= self.len - at, "part outside of the buffer");
         // SAFETY: as in `part_mut`.
