@@ -278,7 +278,7 @@ impl RunArgs {
     /// The draft model, if one is asked for that can help this one.
     fn draft_engine(&self, engine: &Engine, tokenizer: &Tokenizer) -> Result<Option<Engine>> {
         let Some(path) = &self.draft else { return Ok(None) };
-        can_verify(engine)?;
+        can_verify(engine).context("--draft is of no use here: leave it out")?;
         let file = self.load.open.open(Some(path))?;
         let config = ModelConfig::of(&file)?;
         model::needs_text(&config)?;
@@ -310,7 +310,10 @@ impl RunArgs {
                 Some(Speculator::new(engine, DraftModel::new(draft.session(self.kv, Some(limit))))?)
             }
             (None, Some(Speculate::Off)) => None,
-            (None, Some(Speculate::Lookup)) => Some(Speculator::new(engine, PromptLookup::new())?),
+            (None, Some(Speculate::Lookup)) => Some(
+                Speculator::new(engine, PromptLookup::new())
+                    .context("--speculate lookup is of no use here: leave it out")?,
+            ),
             (None, None) => Speculator::new(engine, PromptLookup::new()).ok(),
         })
     }

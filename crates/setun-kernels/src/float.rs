@@ -9,7 +9,6 @@
 
 use crate::Kernels;
 use crate::lanes::{Arithmetic, LANES, Lanes, One, chunk_at, job};
-use half::f16;
 
 /// `e^x` with the bits of the vector kernels: at most 1 ulp off over the normal range, 1 ulp (of 2⁻¹⁴⁹) in
 /// the denormal one, infinity from 88.73 upwards, zero below −104.
@@ -285,18 +284,6 @@ job!(ArgMax { x: &'a [f32] } -> usize, |s| {
     })
 });
 
-job!(StoreKv { x: &'a [f32], dst: &'a mut [f16] } -> (), |s| {
-    let ((chunks, tail), (dst_chunks, dst_tail)) = (x.as_chunks(), dst.as_chunks_mut());
-    for (chunk, dst) in chunks.iter().zip(dst_chunks) {
-        s.store_f16(s.load(chunk), dst);
-    }
-    if !tail.is_empty() {
-        let mut padded = [f16::ZERO; LANES];
-        s.store_f16(s.load(&chunk_at(tail, 0)), &mut padded);
-        dst_tail.copy_from_slice(&padded[..tail.len()]);
-    }
-});
-
 /// Adds and subtracts elements `h` apart, for every `h` below the length, a power of two.
 #[inline(always)]
 fn butterflies(x: &mut [f32]) {
@@ -446,13 +433,6 @@ impl Kernels {
     /// Index of the largest element, the first of equals. NaN never wins; 0 where nothing else is there.
     pub fn argmax(&self, x: &[f32]) -> usize {
         self.lanes(ArgMax { x })
-    }
-
-    /// Rounds to half precision, nearest with ties to even: keys and values on their way into the cache.
-    /// Beyond ±65520 a value becomes infinite.
-    pub fn store_kv(&self, x: &[f32], dst: &mut [f16]) {
-        assert_eq!(x.len(), dst.len(), "store_kv: lengths differ");
-        self.lanes(StoreKv { x, dst });
     }
 }
 

@@ -24,6 +24,38 @@ use crate::matrix::{Scales, TernaryMatrix};
 use crate::quant::Activations;
 use crate::threads::{Pool, SharedMut};
 
+/// Evaluates the body for as many tokens as there are rows of activations, with their number as a constant, and with the vectors
+/// that are taken at once as another, where that depends on it.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! for_each_count {
+    ($acts:expr, $t:ident, $v:ident => $body:expr; $($count:literal of $vectors:literal),*) => {
+        match $acts.len() {
+            $($count => {
+                const $t: usize = $count;
+                const $v: usize = $vectors;
+                $body
+            })*
+            _ => unreachable!("more tokens than a kernel takes"),
+        }
+    };
+    ($acts:expr, $t:ident => $body:expr; $($count:literal),*) => {
+        match $acts.len() {
+            $($count => {
+                const $t: usize = $count;
+                $body
+            })*
+            _ => unreachable!("more tokens than a kernel takes"),
+        }
+    };
+}
+
+/// The rows of activations, which are as many as counted.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+fn counted<const T: usize>(acts: &[*const i8]) -> [*const i8; T] {
+    *acts.first_chunk().expect("as many as counted")
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]

@@ -5,16 +5,19 @@ use setun_kernels::attention::{Against, AttentionShape, Queries};
 use setun_kernels::delta::DeltaGates;
 use setun_kernels::dense::DenseMatrix;
 use setun_kernels::matrix::TernaryMatrix;
-use setun_kernels::quant::Activations;
 use setun_kernels::ternary::PackedMatrix;
 use setun_kernels::threads::Pool;
 
-use crate::config::{Activation, ActivationType, MAX_CONV_KERNEL, ModelConfig, RopeTable};
+use crate::config::{Activation, ActivationType, MAX_CONV_KERNEL};
 use crate::error::ModelError;
 use crate::kv_cache::KvCache;
 use crate::model::{Role, Source};
 use crate::ops::{Attention, DeltaNet, DeltaWeights, Direction, Linear, Ops, Rotate, Routing, Tap};
 use crate::weights::{Weight, Weights};
+
+mod workspace;
+
+pub use workspace::{Buf, Workspace};
 
 /// A matrix ready to multiply.
 #[derive(Debug)]
@@ -105,36 +108,6 @@ impl Source for CpuSource<'_> {
     }
 }
 
-/// Activations `[tokens, width]`.
-#[derive(Debug)]
-pub struct Buf {
-    pub(crate) data: Floats,
-    pub(crate) width: usize,
-    /// Tells what is in it from all that was before.
-    contents: u64,
-}
-
-/// Memory for some floats, of which the first `used` are meant: it is lent again without being cleared or moved, which for
-/// a prompt's activations costs as much as a layer's arithmetic.
-#[derive(Debug)]
-pub(crate) struct Floats {
-    memory: Vec<f32>,
-    used: usize,
-}
-
-impl std::ops::Deref for Floats {
-    type Target = [f32];
-    fn deref(&self) -> &[f32] {
-        &self.memory[..self.used]
-    }
-}
-
-impl std::ops::DerefMut for Floats {
-    fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.memory[..self.used]
-    }
-}
-
 /// One sequence's share of a batch: its cache, and how many of the batch's rows are its new tokens.
 #[derive(Debug)]
 pub struct Part<'a> {
@@ -144,60 +117,6 @@ pub struct Part<'a> {
     pub tokens: usize,
     /// Length that the sequence will have when its whole prompt is read, which dynamic RoPE scaling depends on.
     pub length: usize,
-}
-
-/// Memory that a pass needs and the next one reuses.
-#[derive(Debug)]
-pub struct Workspace {
-    /// From the smallest to the largest.
-    free: Vec<Vec<f32>>,
-    activations: Activations,
-    /// Which buffer's contents `activations` are.
-    quantized: u64,
-    /// Whether results of norms and gates are most often inputs of ternary layers: then they are quantised with them.
-    ternary: bool,
-    contents: u64,
-    rope: RopeTable,
-}
-
-impl Workspace {
-    /// An empty workspace for models with the position encoding of `config`.
-    pub fn new(config: &ModelConfig) -> Self {
-        Self {
-            free: Vec::new(),
-            activations: Activations::new(),
-            quantized: 0,
-            ternary: config.has_ternary_layers(),
-            contents: 0,
-            rope: RopeTable::new(&config.rope),
-        }
-    }
-
-    /// A buffer with values of no meaning: the smallest that holds as many, else a new one in place of the largest.
-    fn buf(&mut self, tokens: usize, width: usize) -> Buf {
-        let used = tokens * width;
-        let at = self.free.partition_point(|memory| memory.len() < used);
-        let memory = if at < self.free.len() {
-            self.free.remove(at)
-        } else {
-            self.free.pop();
-            let mut memory = vec![0.0; used];
-            setun_kernels::advise_huge_pages(&mut memory);
-            memory
-        };
-        Buf { data: Floats { memory, used }, width, contents: self.fresh() }
-    }
-
-    fn fresh(&mut self) -> u64 {
-        self.contents += 1;
-        self.contents
-    }
-
-    fn put_back(&mut self, buf: Buf) {
-        let memory = buf.data.memory;
-        let at = self.free.partition_point(|other| other.len() < memory.len());
-        self.free.insert(at, memory);
-    }
 }
 
 /// Executes a model on the CPU for one batch.
@@ -307,7 +226,7 @@ impl Ops for CpuOps<'_, '_> {
         if !packed.is_empty() {
             if self.work.quantized != x.contents {
                 self.work.activations.quantize(self.kernels, &x.data, tokens, x.width, Some(self.pool));
-                self.work.quantized = x.contents;
+                (self.work.quantized, self.work.int8) = (x.contents, true);
             }
             PackedMatrix::matmul_group(&packed, &self.work.activations, &mut packed_out, self.pool);
         }
@@ -555,7 +474,7 @@ impl Ops for CpuOps<'_, '_> {
 impl CpuOps<'_, '_> {
     /// Fills `out` row by row, `width` at a time. Whole rows are quantised as well, if that is what comes next in this model.
     fn fill(&mut self, out: &mut Buf, width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
-        if !self.work.ternary || width != out.width {
+        if !self.work.int8 || width != out.width {
             return self.by_rows(&mut out.data, width, f);
         }
         let (shape, pool) = ([self.rows(out), width], Some(self.pool));

@@ -304,16 +304,7 @@ impl<'e> Session<'e> {
     /// # Errors
     /// As [`Session::feed`].
     pub fn feed_in_batches(&mut self, ids: &[u32], batch: usize) -> Result<&[f32], ModelError> {
-        self.check(ids)?;
-        let length = self.cache.len() + ids.len();
-        for chunk in ids.chunks(batch.max(1)) {
-            let last = self.cache.len() + chunk.len() == length;
-            self.pass(chunk, length, if last { Want::Last } else { Want::Nothing }, None);
-        }
-        // The next turn of a conversation most often comes back to the end of a prompt.
-        if ids.len() > 1 {
-            self.cache.mark();
-        }
+        self.read(ids, batch.max(1), Want::Last)?;
         Ok(&self.logits)
     }
 
@@ -328,20 +319,27 @@ impl<'e> Session<'e> {
         n: usize,
         need: &LogitsNeed,
     ) -> Result<&[Candidates], ModelError> {
+        let n = n.clamp(1, ids.len().max(1));
+        self.read(ids, PREFILL_BATCH, Want::Candidates(n, need))?;
+        Ok(&self.candidates)
+    }
+
+    /// Feeds `ids` in batches, the last of which holds all rows that `want` asks for.
+    fn read(&mut self, ids: &[u32], batch: usize, want: Want) -> Result<(), ModelError> {
         self.check(ids)?;
-        let length = self.cache.len() + ids.len();
-        let n = n.clamp(1, ids.len());
+        let (length, rows) = (self.cache.len() + ids.len(), want.rows(ids.len()));
         let mut rest = ids;
-        while rest.len() > PREFILL_BATCH && rest.len() - PREFILL_BATCH >= n {
-            let (chunk, after) = rest.split_at(PREFILL_BATCH);
+        while rest.len() > batch && rest.len() - batch >= rows {
+            let (chunk, after) = rest.split_at(batch);
             self.pass(chunk, length, Want::Nothing, None);
             rest = after;
         }
-        self.pass(rest, length, Want::Candidates(n, need), None);
-        if ids.len() > n {
+        self.pass(rest, length, want, None);
+        // The next turn of a conversation most often comes back to the end of a prompt.
+        if ids.len() > rows {
             self.cache.mark();
         }
-        Ok(&self.candidates)
+        Ok(())
     }
 
     /// Logits of every position of `ids`, `[ids.len(), vocab_size]`, in one pass; with `taps`, block outputs too.
@@ -404,12 +402,7 @@ impl<'e> Session<'e> {
         let mut parts = [Part { cache: &mut self.cache, tokens: ids.len(), length }];
         let mut ops = CpuOps::new(kernels, pool, &mut self.work, &mut parts, taps);
         let mut hidden = model.hidden(&mut ops, ids);
-        let rows = match want {
-            Want::Nothing => 0,
-            Want::Last => 1,
-            Want::All => ids.len(),
-            Want::Candidates(n, _) => n,
-        };
+        let rows = want.rows(ids.len());
         if 0 < rows && rows < ids.len() {
             let last = ops.pick(&hidden, ids.len() - rows..ids.len());
             ops.release(std::mem::replace(&mut hidden, last));
@@ -441,4 +434,16 @@ enum Want<'a> {
     All,
     /// Of so many last positions what is needed.
     Candidates(usize, &'a LogitsNeed),
+}
+
+impl Want<'_> {
+    /// Of how many last positions, of `all` fed.
+    fn rows(self, all: usize) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::Last => 1,
+            Self::All => all,
+            Self::Candidates(n, _) => n,
+        }
+    }
 }

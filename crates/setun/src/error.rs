@@ -139,7 +139,7 @@ pub enum ModelError {
         tokens: usize,
     },
     /// This model cannot verify guesses.
-    #[error("speculation is not possible with this model: {why}; leave it off (`--speculate off`)")]
+    #[error("guesses of this model's tokens cannot be verified: {why}")]
     Speculation {
         /// What prevents it.
         why: &'static str,

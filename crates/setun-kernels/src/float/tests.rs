@@ -1,4 +1,17 @@
 use super::*;
+use half::f16;
+
+job!(StoreF16 { x: &'a [f32], dst: &'a mut [f16] } -> (), |s| {
+    let ((chunks, tail), (dst_chunks, dst_tail)) = (x.as_chunks(), dst.as_chunks_mut());
+    for (chunk, dst) in chunks.iter().zip(dst_chunks) {
+        s.store_f16(s.load(chunk), dst);
+    }
+    if !tail.is_empty() {
+        let mut padded = [f16::ZERO; LANES];
+        s.store_f16(s.load(&chunk_at(tail, 0)), &mut padded);
+        dst_tail.copy_from_slice(&padded[..tail.len()]);
+    }
+});
 
 /// Deterministic values in -1..1, scaled.
 fn noise(len: usize, seed: u32, scale: f32) -> Vec<f32> {
@@ -133,9 +146,9 @@ fn every_instruction_set_gives_the_bits_of_scalar() {
             k.rope(&mut a, 1, b.len(), &b[..pairs], &b[b.len() - pairs..]);
             a
         }),
-        ("store_kv", |k, a, _| {
+        ("store_f16", |k, a, _| {
             let mut half = vec![f16::ZERO; a.len()];
-            k.store_kv(a, &mut half);
+            k.lanes(StoreF16 { x: a, dst: &mut half });
             half.iter().map(|h| h.to_f32()).collect()
         }),
     ];
@@ -314,7 +327,7 @@ fn cache_values_round_to_nearest_even_and_overflow_to_infinity() {
     let expected: Vec<u16> = x.iter().map(|&x| f16::from_f32_const(x).to_bits()).collect();
     for k in Kernels::available() {
         let mut half = vec![f16::ZERO; x.len()];
-        k.store_kv(&x, &mut half);
+        k.lanes(StoreF16 { x: &x, dst: &mut half });
         for i in 0..x.len() {
             assert_eq!(half[i].to_bits(), expected[i], "{}: {}", k.name(), x[i]);
         }

@@ -14,7 +14,7 @@ const VECTORS: usize = 2;
 /// Never faults, wherever that points.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn prefetch(from: *const u8) {
+pub(super) fn prefetch(from: *const u8) {
     _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD).cast());
 }
 
@@ -24,24 +24,34 @@ add_panel!(
     dot
 );
 
-/// # Safety
-/// `count` tiles and eight bytes of inputs for each are readable; the CPU has AVX2.
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn dot<const T: usize>(tiles: *const u8, count: usize, inputs: Bytes<T>, sums: &mut Sums<T>) {
-    // The steps before the tiles belong to the stream, though nothing here reads them.
-    for line in 0..STEP_BYTES / 64 {
-        prefetch(tiles.wrapping_sub(STEP_BYTES - line * 64));
-    }
-    for (t, (inputs, sums)) in inputs.iter().zip(sums).enumerate() {
-        for first in (0..ROWS / 8).step_by(VECTORS) {
-            // One line of each tile is read now, and the same line of tiles ahead is wanted soon.
-            let rows = &mut sums[first * 8..(first + VECTORS) * 8];
-            // SAFETY: the caller's promise; these vectors lie within the tile.
-            unsafe { rows_of(tiles.add(first * 32), count, *inputs, t == 0, rows) };
+/// Declares `dot`: rounds over the tiles, `VECTORS` of each at a time, by `rows_of`.
+///
+/// Its callers see that `count` tiles and eight bytes of inputs for each are readable, and that the CPU has the features.
+macro_rules! rounds {
+    (#[$features:meta]) => {
+        /// # Safety
+        /// As [`rounds`](super::avx2) says.
+        #[inline]
+        #[$features]
+        unsafe fn dot<const T: usize>(tiles: *const u8, count: usize, inputs: Bytes<T>, sums: &mut Sums<T>) {
+            // The steps before the tiles belong to the stream, though nothing here reads them.
+            for line in 0..STEP_BYTES / 64 {
+                prefetch(tiles.wrapping_sub(STEP_BYTES - line * 64));
+            }
+            for (t, (inputs, sums)) in inputs.iter().zip(sums).enumerate() {
+                for first in (0..ROWS / 8).step_by(VECTORS) {
+                    // Some lines of each tile are read now, and the same ones of tiles ahead are wanted soon.
+                    let rows = &mut sums[first * 8..(first + VECTORS) * 8];
+                    // SAFETY: the caller's promise; these vectors lie within the tile.
+                    unsafe { rows_of(tiles.add(first * 32), count, *inputs, t == 0, rows) };
+                }
+            }
         }
-    }
+    };
 }
+pub(super) use rounds;
+
+rounds!(#[target_feature(enable = "avx2")]);
 
 /// # Safety
 /// As [`dot`], for tiles from one of their vectors on; `sums` has 16 lanes.

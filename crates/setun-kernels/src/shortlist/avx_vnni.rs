@@ -2,17 +2,11 @@
 
 use core::arch::x86_64::*;
 
-use super::{AHEAD, Bytes, ROWS, STEP_BYTES, Sums, TILE_BYTES, TILE_COLS, add_panel};
+use super::avx2::{prefetch, rounds};
+use super::{Bytes, ROWS, STEP_BYTES, Sums, TILE_BYTES, TILE_COLS, add_panel};
 
 /// Vectors of one round over the tiles: with high and low bytes eight sums, enough for two instructions a cycle.
 const VECTORS: usize = 4;
-
-/// Never faults, wherever that points.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn prefetch(from: *const u8) {
-    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD).cast());
-}
 
 add_panel!(
     #[target_feature(enable = "avx2,avxvnni,fma")]
@@ -20,24 +14,7 @@ add_panel!(
     dot
 );
 
-/// # Safety
-/// `count` tiles and eight bytes of inputs for each are readable; the CPU has AVX-VNNI.
-#[inline]
-#[target_feature(enable = "avx2,avxvnni")]
-unsafe fn dot<const T: usize>(tiles: *const u8, count: usize, inputs: Bytes<T>, sums: &mut Sums<T>) {
-    // The steps before the tiles belong to the stream, though nothing here reads them.
-    for line in 0..STEP_BYTES / 64 {
-        prefetch(tiles.wrapping_sub(STEP_BYTES - line * 64));
-    }
-    for (t, (inputs, sums)) in inputs.iter().zip(sums).enumerate() {
-        for first in (0..ROWS / 8).step_by(VECTORS) {
-            // These lines of each tile are read now, and the same ones of tiles ahead are wanted soon.
-            let rows = &mut sums[first * 8..(first + VECTORS) * 8];
-            // SAFETY: the caller's promise; these vectors lie within the tile.
-            unsafe { rows_of(tiles.add(first * 32), count, *inputs, t == 0, rows) };
-        }
-    }
-}
+rounds!(#[target_feature(enable = "avx2,avxvnni")]);
 
 /// # Safety
 /// As [`dot`], for tiles from one of their vectors on; `sums` has 32 lanes.

@@ -5,7 +5,7 @@
 
 use core::arch::x86_64::*;
 
-use super::{BlockScales, Blocks, Factor, MAX_ROWS, MAX_TOKENS, Sums, TILE_COLS, TileKernels};
+use super::{BlockScales, Blocks, Factor, MAX_ROWS, MAX_TOKENS, Sums, TILE_COLS, TileKernels, counted};
 
 pub(super) static KERNELS: TileKernels = TileKernels {
     rows: 32,
@@ -122,10 +122,8 @@ unsafe fn direct(weights: *const u8, tiles: usize, acts: &[*const i8], sums: &mu
     unsafe {
         match *acts {
             [a] => direct_one(weights, tiles, a, sums),
-            [a, b] => direct_many::<2, 4>(weights, tiles, [a, b], sums),
-            [a, b, c] => direct_many::<3, 2>(weights, tiles, [a, b, c], sums),
-            [a, b, c, d] => direct_many::<4, 2>(weights, tiles, [a, b, c, d], sums),
-            _ => unreachable!("one to four tokens"),
+            _ => for_each_count!(acts, T, V => direct_many::<T, V>(weights, tiles, counted(acts), sums);
+                2 of 4, 3 of 2, 4 of 2),
         }
     }
 }
@@ -241,13 +239,7 @@ pub(super) unsafe fn unpack(packed: *const u8, tiles: usize, out: *mut u8) {
 #[target_feature(enable = "avx2")]
 unsafe fn unpacked(panel: *const u8, tiles: usize, acts: &[*const i8], sums: &mut Sums) {
     // SAFETY (all): the caller's promise, with as many tokens as `acts` holds.
-    unsafe {
-        match *acts {
-            [a] => unpacked_many(panel, tiles, [a], sums),
-            [a, b] => unpacked_many(panel, tiles, [a, b], sums),
-            _ => unreachable!("one or two tokens"),
-        }
-    }
+    unsafe { for_each_count!(acts, T => unpacked_many::<T>(panel, tiles, counted(acts), sums); 1, 2) }
 }
 
 /// # Safety

@@ -8,7 +8,7 @@
 use core::arch::x86_64::*;
 
 use super::avx2::{self, TILE_BYTES, VECTORS, broadcast, field};
-use super::{Blocks, MAX_ROWS, MAX_TOKENS, Sums, TILE_COLS, TileKernels};
+use super::{Blocks, MAX_ROWS, MAX_TOKENS, Sums, TILE_COLS, TileKernels, counted};
 
 pub(super) static KERNELS: TileKernels = TileKernels {
     rows: VECTORS * 8,
@@ -38,12 +38,8 @@ unsafe fn direct(weights: *const u8, tiles: usize, acts: &[*const i8], sums: &mu
     unsafe {
         match *acts {
             [a] => direct_one(weights, tiles, a, sums),
-            [a, b] => direct_many::<2, 4>(weights, tiles, [a, b], sums),
-            [a, b, c] => direct_many::<3, 2>(weights, tiles, [a, b, c], sums),
-            [a, b, c, d] => direct_many::<4, 2>(weights, tiles, [a, b, c, d], sums),
-            [a, b, c, d, e] => direct_many::<5, 2>(weights, tiles, [a, b, c, d, e], sums),
-            [a, b, c, d, e, f] => direct_many::<6, 2>(weights, tiles, [a, b, c, d, e, f], sums),
-            _ => unreachable!("one to six tokens"),
+            _ => for_each_count!(acts, T, V => direct_many::<T, V>(weights, tiles, counted(acts), sums);
+                2 of 4, 3 of 2, 4 of 2, 5 of 2, 6 of 2),
         }
     }
 }
@@ -150,15 +146,7 @@ unsafe fn direct_many<const T: usize, const V: usize>(
 unsafe fn unpacked(panel: *const u8, tiles: usize, acts: &[*const i8], sums: &mut Sums) {
     // SAFETY (all): the caller's promise, with as many tokens as `acts` holds.
     unsafe {
-        match *acts {
-            [a] => unpacked_many(panel, tiles, [a], sums),
-            [a, b] => unpacked_many(panel, tiles, [a, b], sums),
-            [a, b, c] => unpacked_many(panel, tiles, [a, b, c], sums),
-            [a, b, c, d] => unpacked_many(panel, tiles, [a, b, c, d], sums),
-            [a, b, c, d, e] => unpacked_many(panel, tiles, [a, b, c, d, e], sums),
-            [a, b, c, d, e, f] => unpacked_many(panel, tiles, [a, b, c, d, e, f], sums),
-            _ => unreachable!("one to six tokens"),
-        }
+        for_each_count!(acts, T => unpacked_many::<T>(panel, tiles, counted(acts), sums); 1, 2, 3, 4, 5, 6)
     }
 }
 

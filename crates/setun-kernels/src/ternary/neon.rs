@@ -6,7 +6,7 @@
 
 use core::arch::aarch64::*;
 
-use super::{BlockScales, Factor, MAX_ROWS, Sums, TILE_COLS, TileKernels};
+use super::{BlockScales, Factor, MAX_ROWS, Sums, TILE_COLS, TileKernels, counted};
 use crate::kernels::{prefetch_far, prefetch_near};
 
 pub(super) static KERNELS: TileKernels = TileKernels {
@@ -112,13 +112,7 @@ fn widen<const T: usize>(acc: &Accumulators<T>, sums: &mut Sums) {
 #[target_feature(enable = "neon")]
 unsafe fn direct(weights: *const u8, tiles: usize, acts: &[*const i8], sums: &mut Sums) {
     // SAFETY (all): the caller's promise, with as many tokens as `acts` holds.
-    unsafe {
-        match *acts {
-            [a] => direct_many(weights, tiles, [a], sums),
-            [a, b] => direct_many(weights, tiles, [a, b], sums),
-            _ => unreachable!("one or two tokens"),
-        }
-    }
+    unsafe { for_each_count!(acts, T => direct_many::<T>(weights, tiles, counted(acts), sums); 1, 2) }
 }
 
 /// # Safety
@@ -175,13 +169,7 @@ pub(super) unsafe fn unpack(packed: *const u8, tiles: usize, out: *mut u8) {
 #[target_feature(enable = "neon")]
 unsafe fn unpacked(panel: *const u8, tiles: usize, acts: &[*const i8], sums: &mut Sums) {
     // SAFETY (all): the caller's promise, with as many tokens as `acts` holds.
-    unsafe {
-        match *acts {
-            [a] => unpacked_many(panel, tiles, [a], sums),
-            [a, b] => unpacked_many(panel, tiles, [a, b], sums),
-            _ => unreachable!("one or two tokens"),
-        }
-    }
+    unsafe { for_each_count!(acts, T => unpacked_many::<T>(panel, tiles, counted(acts), sums); 1, 2) }
 }
 
 /// # Safety

@@ -9,7 +9,7 @@ use core::arch::aarch64::*;
 use core::arch::asm;
 
 use super::neon::{self, ROWS, TILE_BYTES, VECTORS, activations, field, load, prefetch};
-use super::{Sums, TILE_COLS, TileKernels};
+use super::{Sums, TILE_COLS, TileKernels, counted};
 
 pub(super) static KERNELS: TileKernels = TileKernels {
     rows: ROWS,
@@ -98,10 +98,7 @@ pub(super) unsafe fn direct(weights: *const u8, tiles: usize, acts: &[*const i8]
     unsafe {
         match *acts {
             [a] => direct_one(weights, tiles, a, sums),
-            [a, b] => direct_many(weights, tiles, [a, b], sums),
-            [a, b, c] => direct_many(weights, tiles, [a, b, c], sums),
-            [a, b, c, d] => direct_many(weights, tiles, [a, b, c, d], sums),
-            _ => unreachable!("one to four tokens"),
+            _ => for_each_count!(acts, T => direct_many::<T>(weights, tiles, counted(acts), sums); 2, 3, 4),
         }
     }
 }
@@ -162,15 +159,7 @@ unsafe fn direct_many<const T: usize>(
 unsafe fn unpacked(panel: *const u8, tiles: usize, acts: &[*const i8], sums: &mut Sums) {
     // SAFETY (all): the caller's promise, with as many tokens as `acts` holds.
     unsafe {
-        match *acts {
-            [a] => unpacked_many(panel, tiles, [a], sums),
-            [a, b] => unpacked_many(panel, tiles, [a, b], sums),
-            [a, b, c] => unpacked_many(panel, tiles, [a, b, c], sums),
-            [a, b, c, d] => unpacked_many(panel, tiles, [a, b, c, d], sums),
-            [a, b, c, d, e] => unpacked_many(panel, tiles, [a, b, c, d, e], sums),
-            [a, b, c, d, e, f] => unpacked_many(panel, tiles, [a, b, c, d, e, f], sums),
-            _ => unreachable!("one to six tokens"),
-        }
+        for_each_count!(acts, T => unpacked_many::<T>(panel, tiles, counted(acts), sums); 1, 2, 3, 4, 5, 6)
     }
 }
 
