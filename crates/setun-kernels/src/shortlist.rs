@@ -283,7 +283,8 @@ job!(Round { x: &'a [f32], offsets: &'a [f32] } -> Input, |_s| {
             scale: if inverse == 0.0 { 0.0 } else { scale },
             whole: correction.round() as i32,
             rest: (correction - correction.round()) as f32,
-            spread: WIDTH * WIDTH * (squares * 1.0001) as f32,
+            // The floor is for squares that a float cannot hold: beside large weights they still count.
+            spread: WIDTH * WIDTH * (squares * 1.0001).max(1e-36) as f32,
             slack: 8.0 * (error + rounding),
         });
     }

@@ -100,7 +100,7 @@ pub fn generate_with(
 ) -> Result<Report, ModelError> {
     let Extras { shown, mut speculator } = extras;
     let started = Instant::now();
-    session.feed_for(prompt, 1, &sampler.need_after(prompt))?;
+    session.feed_for(prompt, 1, &sampler.need_after(prompt, 1))?;
     let prefill = started.elapsed();
     for &id in prompt {
         sampler.accept(id);
@@ -163,7 +163,7 @@ pub fn generate_with(
             ids.extend_from_slice(speculator.guess(&text, most)?);
         }
         guesses = ids.split_off(1);
-        let need = sampler.need_after(&guesses);
+        let need = sampler.need_after(&guesses, guesses.len() + 1);
         ids.extend_from_slice(&guesses);
         session.feed_for(&ids, ids.len(), &need)?;
         seconds = Some(pass.elapsed().as_secs_f64());

@@ -130,18 +130,21 @@ impl Sampler {
 
     /// The logits that the next choice can depend on.
     pub fn need(&self) -> LogitsNeed {
-        self.need_after(&[])
+        self.need_after(&[], 1)
     }
 
-    /// The logits that choices can depend on which follow some or all of `ids`, in order, none of them accepted yet.
-    pub fn need_after(&self, ids: &[u32]) -> LogitsNeed {
+    /// The logits that so many `choices` can depend on: the last one after all of `ids`, the one before without the last of them, and
+    /// so on. None of `ids` is accepted yet.
+    pub fn need_after(&self, ids: &[u32], choices: usize) -> LogitsNeed {
         let Sampling { temperature, top_k, top_p, min_p, repeat_last_n, .. } = self.sampling;
         // Penalties may move recent tokens anywhere, and leave the order of the others. So the `top_k` that remain after them
         // are recent ones or among the `top_k` largest of the others.
         let mut also = Vec::new();
         if self.sampling.penalises() {
             also.extend(&self.recent);
-            also.extend(&ids[ids.len().saturating_sub(repeat_last_n)..]);
+            // The first choice looks back further than the last.
+            let back = repeat_last_n.saturating_add(choices.saturating_sub(1));
+            also.extend(&ids[ids.len().saturating_sub(back)..]);
             also.sort_unstable();
             also.dedup();
         }
@@ -419,6 +422,26 @@ mod tests {
         let mut logits = [0.0, 0.0, -4.0];
         sampler.sample(&mut logits);
         assert_eq!(logits, [0.0, -0.75, -8.0 - 0.75]);
+    }
+
+    #[test]
+    fn what_is_needed_holds_all_that_penalties_reach_at_each_of_several_choices() {
+        let guesses = [5, 6, 7, 8, 9];
+        for repeat_last_n in [1, 2, 4, 64, usize::MAX] {
+            let mut state = sampler(Sampling { presence_penalty: 1.0, repeat_last_n, ..Sampling::greedy() });
+            [1, 2, 3].into_iter().for_each(|id| state.accept(id));
+            let need = state.need_after(&guesses, guesses.len() + 1);
+            let LogitsNeed::Top { also, .. } = need else { panic!("one logit is needed") };
+            for id in guesses {
+                assert!(state.recent.iter().all(|id| also.contains(id)), "{repeat_last_n}: {also:?}");
+                state.accept(id);
+            }
+            assert!(state.recent.iter().all(|id| also.contains(id)), "{repeat_last_n}: {also:?}");
+        }
+        // Of a prompt, the choice behind it sees the end only.
+        let state = sampler(Sampling { presence_penalty: 1.0, repeat_last_n: 2, ..Sampling::greedy() });
+        let end = LogitsNeed::Top { count: 1, within: f32::INFINITY, also: vec![8, 9] };
+        assert_eq!(state.need_after(&guesses, 1), end);
     }
 
     #[test]

@@ -122,6 +122,11 @@ impl Drafter for DraftModel<'_> {
         let common = self.session.ids().iter().zip(history).take_while(|(a, b)| a == b).count();
         // At least one token is fed, so that there are logits.
         let known = self.session.truncate(common.min(history.len() - 1));
+        // An id that only the larger model has a row for leaves nothing to guess from.
+        let vocab_size = self.session.engine().config().vocab_size;
+        if history[known..].iter().any(|&id| id as usize >= vocab_size) {
+            return Ok(());
+        }
         let mut logits = self.session.feed(&history[known..])?;
         for first in std::iter::once(true).chain(std::iter::repeat(false)).take(most) {
             let Some((id, &best)) = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)) else {
@@ -240,6 +245,7 @@ pub struct Speculator<'a> {
     pace: Pace,
     /// So many guesses every time, instead of what the pace says.
     always: Option<usize>,
+    vocab_size: usize,
     kind: usize,
     guesses: Vec<u32>,
     total: Speculated,
@@ -253,7 +259,9 @@ impl<'a> Speculator<'a> {
     pub fn new(engine: &Engine, drafter: impl Drafter + 'a) -> Result<Self, ModelError> {
         can_verify(engine)?;
         let (pace, total) = (Pace::default(), Speculated::default());
-        Ok(Self { drafter: Box::new(drafter), pace, always: None, kind: 0, guesses: Vec::new(), total })
+        let vocab_size = engine.config().vocab_size;
+        let (drafter, guesses) = (Box::new(drafter), Vec::new());
+        Ok(Self { drafter, pace, always: None, vocab_size, kind: 0, guesses, total })
     }
 
     /// The same with `count` guesses in every pass that has some, whatever they cost.
@@ -272,6 +280,9 @@ impl<'a> Speculator<'a> {
             let most = most.min(self.always.unwrap_or_else(|| self.pace.most(kind)));
             if most > 0 {
                 self.drafter.propose(history, most, &mut self.guesses)?;
+                // Another model's embeddings may be padded to more rows than this one's.
+                let known = self.guesses.iter().take_while(|&&id| (id as usize) < self.vocab_size).count();
+                self.guesses.truncate(known);
             }
         }
         Ok(&self.guesses)

@@ -110,7 +110,7 @@ fn same_choices(listed: &mut Session, exact: &mut Session, ids: &[u32], sampling
     let mut samplers = [Sampler::new(sampling.clone()).unwrap(), Sampler::new(sampling).unwrap()];
     let mut ids = ids.to_vec();
     for i in 0..tokens {
-        let need = samplers[0].need_after(&ids);
+        let need = samplers[0].need_after(&ids, 1);
         let candidates = listed.feed_for(&ids, 1, &need).unwrap()[0].clone();
         let mut logits = exact.feed(&ids).unwrap().to_vec();
         for (id, logit) in candidates.iter() {

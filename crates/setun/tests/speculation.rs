@@ -71,6 +71,9 @@ fn samplings() -> Vec<Sampling> {
     vec![
         Sampling::greedy(),
         Sampling { repetition_penalty: 1.3, ..Sampling::greedy() },
+        // Looks back at fewer tokens than are guessed.
+        Sampling { repetition_penalty: 1.5, repeat_last_n: 2, ..Sampling::greedy() },
+        Sampling { presence_penalty: -2.0, repeat_last_n: 1, ..sampled(1.5, 4, 4) },
         sampled(0.7, 40, 1),
         sampled(0.3, 0, 2),
         Sampling { frequency_penalty: 0.2, presence_penalty: -0.3, repeat_last_n: 5, ..sampled(0.5, 8, 3) },
@@ -130,6 +133,38 @@ fn a_draft_model_changes_nothing_and_the_model_itself_guesses_right() {
             assert!(total.guesses > 0 && total.right == total.guesses, "{total:?}");
         }
     }
+}
+
+/// Guesses ids that the model has no rows for, as one with more padding may.
+struct Beyond(u32);
+
+impl Drafter for Beyond {
+    fn look(&mut self, _: &[u32]) -> Option<usize> {
+        Some(3)
+    }
+
+    fn propose(&mut self, history: &[u32], most: usize, guesses: &mut Vec<u32>) -> Result<(), ModelError> {
+        guesses.extend([history[0], self.0, history[0]].iter().take(most));
+        Ok(())
+    }
+}
+
+#[test]
+fn a_draft_model_may_have_another_number_of_rows() {
+    let fixture = fixture(HeadMode::Auto);
+    let size = fixture.engine.config().vocab_size as u32;
+    for id in [size, u32::MAX] {
+        let total = fixture.compare(&Sampling::greedy(), Beyond(id));
+        assert!(total.guesses > 0, "what comes before is verified: {total:?}");
+    }
+    let other = Engine::open(golden("qwen2-bias"), &EngineOptions::default()).unwrap();
+    assert!(other.config().vocab_size < size as usize);
+    let mut draft = DraftModel::new(other.session(KvType::F32, None));
+    let mut guesses = Vec::new();
+    draft.propose(&[1, 2, size - 1], 3, &mut guesses).unwrap();
+    assert!(guesses.is_empty());
+    draft.propose(&[1, 2, 3], 3, &mut guesses).unwrap();
+    assert!(!guesses.is_empty());
 }
 
 #[test]
