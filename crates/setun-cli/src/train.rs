@@ -66,7 +66,8 @@ pub fn train(args: TrainArgs) -> Result<()> {
     let out = trainer.config().train.out.clone();
     let folder = out.join("model");
     let shape = trainer.config().model_config(trainer.vocabulary().end_of_text())?;
-    let options = ExportOptions { sampling: trainer.config().sampling, ..ExportOptions::default() };
+    let (sampling, group) = (trainer.config().sampling, trainer.config().recipe(trainer.steps_taken()).group);
+    let options = ExportOptions { sampling, group, ..ExportOptions::default() };
     export(&folder, &shape, trainer.params(), trainer.vocabulary(), &options)?;
     let curve = out.join("loss.svg");
     let label = out.file_name().map_or("run".into(), |name| name.to_string_lossy().into_owned());

@@ -1,10 +1,13 @@
 //! The two quantisers of BitNet b1.58 (<https://arxiv.org/abs/2402.17764>, section 2), operation by
 //! operation as the published code rounds: products with reciprocals, ties to even.
 //!
-//! Weights: one absmean scale per tensor, [`absmean_scale`], then [`ternarize_row`]. Activations: one
+//! Weights: one absmean scale per tensor, [`absmean_scale`], then [`ternarize_row`]; or one for every group of a row's columns, as
+//! weight-only models have them. Activations: one
 //! absmax scale per token, [`Activations`]. Both give the same bits on every kernel and thread count.
 
 use alloc::vec::Vec;
+
+use half::f16;
 
 use crate::kernels::{Isa, Kernels};
 use crate::matrix::{MatrixError, Scales, TernaryMatrix};
@@ -168,36 +171,92 @@ impl TernaryMatrix {
         cols: usize,
         pool: &Pool,
     ) -> Result<Self, MatrixError> {
+        Self::quantize_with(kernels, weights, rows, cols, Scales::Tensor(1.0), pool)
+    }
+
+    /// The same with a scale for every `group` columns of a row, a multiple of 4, each rounded to a half: what files of
+    /// weight-only models hold.
+    ///
+    /// # Errors
+    /// As [`TernaryMatrix::quantize`]. Panics when `group` is 0 or no multiple of 4.
+    pub fn quantize_groups(
+        kernels: &Kernels,
+        weights: &[f32],
+        rows: usize,
+        cols: usize,
+        group: usize,
+        pool: &Pool,
+    ) -> Result<Self, MatrixError> {
+        assert!(group > 0 && group.is_multiple_of(TRITS_PER_BYTE), "groups of {group} columns");
+        let values = alloc::vec![1.0; rows.saturating_mul(cols.div_ceil(group)).min(weights.len())];
+        let scales = Scales::Block { rows: 1, cols: group, values };
+        Self::quantize_with(kernels, weights, rows, cols, scales, pool)
+    }
+
+    fn quantize_with(
+        kernels: &Kernels,
+        weights: &[f32],
+        rows: usize,
+        cols: usize,
+        scales: Scales,
+        pool: &Pool,
+    ) -> Result<Self, MatrixError> {
         let bytes = rows.checked_mul(cols.div_ceil(TRITS_PER_BYTE));
         let bytes = bytes.filter(|_| rows.checked_mul(cols) == Some(weights.len()));
         let Some(bytes) = bytes else {
             let (expected, found) = (rows.saturating_mul(cols), weights.len());
             return Err(MatrixError::Length { what: "weights", rows, cols, expected, found });
         };
-        let mut matrix = Self::new(rows, cols, alloc::vec![ZERO_BYTE; bytes], Scales::Tensor(1.0))?;
+        let mut matrix = Self::new(rows, cols, alloc::vec![ZERO_BYTE; bytes], scales)?;
         matrix.requantize(kernels, weights, pool);
         Ok(matrix)
     }
 
-    /// [`TernaryMatrix::quantize`] into this matrix, for a trainer's every step: nothing is allocated
-    /// but a list of chunks. Panics unless there are `rows · cols` weights.
+    /// [`TernaryMatrix::quantize`] into this matrix, or [`TernaryMatrix::quantize_groups`] where it was made by that, for a
+    /// trainer's every step: nothing is allocated but a list of chunks. Panics unless there are `rows · cols` weights.
     pub fn requantize(&mut self, kernels: &Kernels, weights: &[f32], pool: &Pool) {
         let (cols, row_bytes) = (self.cols(), self.row_bytes());
         assert_eq!(weights.len(), self.rows() * cols, "weights of a requantised matrix");
-        let scale = absmean_scale_parallel(weights, pool);
         let (codes, scales) = self.parts_mut();
+        let rows_per_chunk = SUM_CHUNK.div_ceil(cols.max(1));
+        let weights_of = |chunk: usize| weights[chunk * rows_per_chunk * cols..].chunks_exact(cols);
+        if let Scales::Block { rows: 1, cols: group, values } = scales
+            && group.is_multiple_of(TRITS_PER_BYTE)
+        {
+            let (group, groups) = (*group, cols.div_ceil(*group));
+            if weights.is_empty() {
+                return;
+            }
+            let codes = codes.chunks_mut(rows_per_chunk * row_bytes);
+            let chunks = codes.zip(values.chunks_mut(rows_per_chunk * groups)).collect();
+            pool.run_items(chunks, |chunk, (codes, scales): (&mut [u8], &mut [f32])| {
+                let rows = codes.chunks_exact_mut(row_bytes).zip(scales.chunks_exact_mut(groups));
+                for (row, (codes, scales)) in weights_of(chunk).zip(rows) {
+                    let codes = codes.chunks_mut(group / TRITS_PER_BYTE);
+                    for ((weights, codes), scale) in row.chunks(group).zip(codes).zip(scales) {
+                        *scale = half_scale(scale_of_sum(abs_sum(weights), weights.len()));
+                        ternarize_row(kernels, weights, 1.0 / *scale, codes);
+                    }
+                }
+            });
+            return;
+        }
+        let scale = absmean_scale_parallel(weights, pool);
         *scales = Scales::Tensor(scale);
         if weights.is_empty() {
             return;
         }
-        let rows_per_chunk = SUM_CHUNK.div_ceil(cols);
         pool.run_chunks_mut(codes, rows_per_chunk * row_bytes, |chunk, codes| {
-            let rows = weights[chunk * rows_per_chunk * cols..].chunks_exact(cols);
-            for (row, codes) in rows.zip(codes.chunks_exact_mut(row_bytes)) {
+            for (row, codes) in weights_of(chunk).zip(codes.chunks_exact_mut(row_bytes)) {
                 ternarize_row(kernels, row, 1.0 / scale, codes);
             }
         });
     }
+}
+
+/// The nearest half above 0 that is finite.
+fn half_scale(scale: f32) -> f32 {
+    f16::from_f32(scale.min(f16::MAX.to_f32())).to_f32()
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -549,5 +608,53 @@ mod tests {
                 assert_eq!(from.padded_row(0), fresh.padded_row(t));
             }
         }
+    }
+
+    #[test]
+    fn groups_are_rounded_by_their_own_mean_kept_as_a_half_on_every_kernel_and_thread_count() {
+        let (rows, cols, group) = (37, 50, 16);
+        let weights: Vec<f32> = (0..rows * cols)
+            .map(|i| ((i * 7919 % 1000) as f32 - 499.5) * 1e-3 / (1 + i % 5) as f32)
+            .collect();
+        for kernels in Kernels::available() {
+            for threads in [1, 3] {
+                let pool = Pool::new(threads);
+                let mut found =
+                    TernaryMatrix::quantize_groups(kernels, &weights, rows, cols, group, &pool).unwrap();
+                let check = |found: &TernaryMatrix, weights: &[f32]| {
+                    let Scales::Block { rows: 1, cols: 16, values } = found.scales() else {
+                        panic!("{:?}", found.scales())
+                    };
+                    for (r, row) in weights.chunks(cols).enumerate() {
+                        for (g, part) in row.chunks(group).enumerate() {
+                            let mean =
+                                part.iter().map(|w| f64::from(w.abs())).sum::<f64>() / part.len() as f64;
+                            let scale = f16::from_f64(mean.max(1e-5)).to_f32();
+                            assert!(
+                                (values[r * 4 + g] / scale - 1.0).abs() < 1e-3,
+                                "{} {scale}",
+                                values[r * 4 + g]
+                            );
+                            assert_eq!(f16::from_f32(values[r * 4 + g]).to_f32(), values[r * 4 + g]);
+                            for (i, &w) in part.iter().enumerate() {
+                                let expected =
+                                    (w * (1.0 / values[r * 4 + g])).round_ties_even().clamp(-1.0, 1.0);
+                                assert_eq!(f32::from(found.trit(r, g * group + i)), expected);
+                            }
+                        }
+                    }
+                };
+                check(&found, &weights);
+                let other: Vec<f32> = weights.iter().rev().map(|w| w * 3.0).collect();
+                found.requantize(kernels, &other, &pool);
+                check(&found, &other);
+            }
+        }
+        let zeros =
+            TernaryMatrix::quantize_groups(Kernels::best(), &[0.0; 8], 2, 4, 4, &Pool::new(1)).unwrap();
+        assert_eq!(zeros.zero_fraction(), 1.0);
+        let huge =
+            TernaryMatrix::quantize_groups(Kernels::best(), &[1e30; 4], 1, 4, 4, &Pool::new(1)).unwrap();
+        assert!(matches!(huge.scales(), Scales::Block { values, .. } if values == &[f16::MAX.to_f32()]));
     }
 }

@@ -9,7 +9,7 @@ use setun::config::{Activation, ModelConfig, RopeTable, Shape};
 use setun_train::config::OptimizerSection;
 use setun_train::data::Batch;
 use setun_train::engine::Engine;
-use setun_train::optimizer::AdamW;
+use setun_train::optimizer::Optimizer;
 use setun_train::params;
 use setun_train::schedule::Rates;
 use setun_train::tape::{Gradients, Setting, Tape};
@@ -47,7 +47,7 @@ fn main() {
     let (model, mut params) = params::initialise(config, 1).expect("the model builds");
     let mut weights = Weights::new(&engine, &params);
     let mut gradients = Gradients::new(&params);
-    let mut optimizer = AdamW::new(&OptimizerSection::default(), &params);
+    let mut optimizer = Optimizer::new(&OptimizerSection::default(), &params);
     let mut times = Vec::new();
     for step in 0..steps {
         let mut marks = vec![Instant::now()];

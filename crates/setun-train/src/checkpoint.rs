@@ -1,6 +1,6 @@
 //! Everything the next step depends on, in a folder per checkpoint.
 //!
-//! `OUT/checkpoints/step-00000500/` holds `state.safetensors` (`param.NAME`, `adam_m.NAME`, `adam_v.NAME`, all f32) and
+//! `OUT/checkpoints/step-00000500/` holds `state.safetensors` (`param.NAME`, `adam_m.NAME`, `adam_v.NAME`, with Muon `muon_m.NAME`, all f32) and
 //! `state.json` (step, place in the data, settings). A folder is written under a temporary name, synced and renamed, so one that
 //! has its name is whole. The newest few are kept, and the best on held-out text.
 
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::TrainConfig;
 use crate::error::TrainError;
 use crate::metrics::Window;
-use crate::optimizer::AdamW;
+use crate::optimizer::Optimizer;
 use crate::params::Params;
 
 const TENSORS: &str = "state.safetensors";
@@ -99,7 +99,7 @@ impl Checkpoints {
         &self,
         state: &State,
         params: &Params,
-        optimizer: &AdamW,
+        optimizer: &Optimizer,
         keep: usize,
     ) -> Result<PathBuf, TrainError> {
         let target = self.path(state.step);
@@ -135,14 +135,15 @@ impl Checkpoints {
     }
 }
 
-fn write(folder: &Path, state: &State, params: &Params, optimizer: &AdamW) -> std::io::Result<()> {
+fn write(folder: &Path, state: &State, params: &Params, optimizer: &Optimizer) -> std::io::Result<()> {
     std::fs::create_dir_all(folder)?;
     let [first, second] = &optimizer.moments;
     let tensors = params.iter().zip(first).zip(second).flat_map(|((param, m), v)| {
-        let shape = param.shape();
-        [("param", &param.values), ("adam_m", m), ("adam_v", v)].map(|(kind, values)| {
-            let tensor = Tensor { shape: shape.clone(), values };
-            (format!("{kind}.{}", param.name), tensor)
+        let [first, second] = optimizer.moment_names(param);
+        let tensors = [(Some("param"), &param.values), (first, m), (second, v)];
+        tensors.into_iter().filter_map(|(kind, values)| {
+            let tensor = Tensor { shape: param.shape(), values };
+            Some((format!("{}.{}", kind?, param.name), tensor))
         })
     });
     let path = folder.join(TENSORS);
@@ -211,7 +212,7 @@ impl Checkpoint {
         Ok(Self { path, state, tensors })
     }
 
-    /// Takes the tensor `kind.name` out: `kind` is `param`, `adam_m` or `adam_v`.
+    /// Takes the tensor `kind.name` out: `kind` is `param`, `adam_m`, `adam_v` or `muon_m`.
     ///
     /// # Errors
     /// When it is missing or of another shape.

@@ -8,10 +8,14 @@ mod check;
 use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use setun::config::{Activation, ModelConfig, Shape};
+use setun::config::{Activation, ActivationType, ModelConfig, Numerics, Shape, Storage, Ternary};
 use setun::recommended::Recommended;
 
 use crate::error::TrainError;
+use crate::weights::Recipe;
+
+/// Weights that share a scale where a weight-only run says nothing else: Ternary-Bonsai's and CAT-Q's.
+const GROUP_SIZE: usize = 128;
 
 /// A whole run. Read it freely; constructors guarantee what [`TrainConfig::check`] checks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -24,7 +28,7 @@ pub struct TrainConfig {
     pub tokenizer: TokenizerSection,
     /// `[data]`: what it reads.
     pub data: DataSection,
-    /// `[optimizer]`: AdamW and its schedules.
+    /// `[optimizer]`: how it learns.
     #[serde(default)]
     pub optimizer: OptimizerSection,
     /// `[train]`: the loop.
@@ -69,18 +73,25 @@ pub struct ModelSection {
     /// Gate activation, `"relu2"` or `"silu"`. Default: relu2.
     #[serde(default = "relu2")]
     pub activation: Activation,
-    /// `"ternary"` (BitNet b1.58) or `"float"` (its twin). Default: ternary.
+    /// `"ternary"` (BitNet b1.58, W1.58A8), `"ternary-weights"` (weights alone, in groups, W1.58A16) or `"float"` (their twin).
+    /// Default: ternary.
     #[serde(default)]
     pub precision: Precision,
+    /// Weights of a row that share a scale, with `"ternary-weights"`: from 32, a divisor of both sizes. Default: 128.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group_size: Option<usize>,
 }
 
 /// How the linear layers inside the blocks compute.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Precision {
     /// Weights −1, 0, +1 and int8 activations, trained through full-precision masters.
     #[default]
     Ternary,
+    /// Weights −1, 0, +1 with a scale for every group of a row's columns, and float activations: the form of Ternary-Bonsai and CAT-Q.
+    /// Such files are Llama-like: without `sub_norms`.
+    TernaryWeights,
     /// Full precision.
     Float,
 }
@@ -151,14 +162,16 @@ pub struct ValidSection {
     pub path: Vec<PathBuf>,
 }
 
-/// `[optimizer]`: AdamW.
+/// `[optimizer]`: AdamW or Muon, and their schedules.
 ///
 /// The two-stage schedule is that of BitNet b1.58 ("The Era of 1-bit LLMs: Training Tips, Code and FAQ"): at
 /// `switch` the learning rate drops to its second peak and weight decay ends.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimizerSection {
-    /// `"two-stage"`, `"cosine"` or `"constant"`. Default: two-stage.
+    /// `"adamw"`, or `"muon"`: the matrices of the blocks by Muon (one moment instead of two), the rest by AdamW. Default: adamw.
+    pub kind: OptimizerKind,
+    /// `"two-stage"`, `"cosine"`, `"linear"` or `"constant"`. Default: two-stage.
     pub schedule: ScheduleKind,
     /// Learning rate at its (first) peak.
     pub lr: f64,
@@ -173,8 +186,10 @@ pub struct OptimizerSection {
     pub warmup_steps: u64,
     /// Decoupled weight decay, of matrices only; the two-stage schedule ends it at `switch`.
     pub weight_decay: f64,
-    /// Decay rates of the first and second moment.
+    /// Decay rates of AdamW's first and second moment.
     pub betas: [f64; 2],
+    /// Decay rate of Muon's momentum. Default: 0.95.
+    pub momentum: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
     /// Largest global gradient norm; larger gradients are scaled down to it. 0: no limit.
@@ -184,6 +199,7 @@ pub struct OptimizerSection {
 impl Default for OptimizerSection {
     fn default() -> Self {
         Self {
+            kind: OptimizerKind::AdamW,
             schedule: ScheduleKind::TwoStage,
             lr: 2e-3,
             lr_second: None,
@@ -192,6 +208,7 @@ impl Default for OptimizerSection {
             warmup_steps: 100,
             weight_decay: 0.1,
             betas: [0.9, 0.95],
+            momentum: 0.95,
             eps: 1e-8,
             clip: 1.0,
         }
@@ -205,6 +222,16 @@ impl OptimizerSection {
     }
 }
 
+/// What turns gradients into steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerKind {
+    /// AdamW for every parameter.
+    AdamW,
+    /// Muon for the matrices of the blocks.
+    Muon,
+}
+
 /// How the learning rate moves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -213,6 +240,8 @@ pub enum ScheduleKind {
     TwoStage,
     /// Half a cosine.
     Cosine,
+    /// A straight line.
+    Linear,
     /// No decay after the warm-up.
     Constant,
 }
@@ -233,6 +262,10 @@ pub struct TrainSection {
     /// Passes whose gradients are averaged into one step. Default: 1.
     #[serde(default = "one_usize")]
     pub accumulation: usize,
+    /// Steps over which rounding grows from none to all of it, linearly: for training on from a float model, whose loss would leap
+    /// otherwise. Default: 0.
+    #[serde(default)]
+    pub quantization_warmup_steps: u64,
     /// Seed of everything random: weights, document order, mixture. Default: 1.
     #[serde(default = "one_u64")]
     pub seed: u64,
@@ -396,8 +429,25 @@ impl TrainConfig {
     }
 
     fn fresh(&self) -> Result<ModelConfig, TrainError> {
-        let ternary = self.model.precision == Precision::Ternary;
-        Ok(ModelConfig::fresh(&self.shape(), ternary)?)
+        let mut config = ModelConfig::fresh(&self.shape(), self.model.precision == Precision::Ternary)?;
+        if self.model.precision == Precision::TernaryWeights {
+            let (activations, storage) = (ActivationType::Float, Storage::FloatCopies);
+            config.numerics = Numerics::Ternary(Ternary { activations, storage, exceptions: None });
+        }
+        Ok(config)
+    }
+
+    /// How masters become weights in the pass after `step` steps.
+    pub fn recipe(&self, step: u64) -> Recipe {
+        let alone = self.model.precision == Precision::TernaryWeights;
+        Recipe {
+            group: alone.then(|| self.model.group_size.unwrap_or(GROUP_SIZE)),
+            activations: if alone { ActivationType::Float } else { ActivationType::Int8 },
+            strength: match self.train.quantization_warmup_steps {
+                0 => 1.0,
+                steps => (step as f64 / steps as f64).min(1.0) as f32,
+            },
+        }
     }
 
     /// Tokens that one optimiser step sees.
@@ -421,7 +471,7 @@ impl TrainConfig {
     /// What is allowed but probably not meant, as sentences for the user.
     pub fn warnings(&self) -> Vec<String> {
         let mut found = Vec::new();
-        if self.model.precision == Precision::Ternary {
+        if self.model.precision != Precision::Float {
             let sizes = [
                 ("hidden_size", self.model.hidden_size),
                 ("intermediate_size", self.model.intermediate_size),

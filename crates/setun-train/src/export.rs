@@ -12,24 +12,26 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
-use setun::config::{Exceptions, Family, ModelConfig, Numerics, Storage, Ternary};
+use setun::config::{ActivationType, Exceptions, Family, ModelConfig, Numerics, Storage, Ternary};
 use setun::error::ModelError;
 use setun::format::{
     Encoding, SafetensorsWriter, ScaleConvention, Scaling, TensorSpec, encode_floats, encode_hf_packed,
 };
 use setun::model::Role;
 use setun::recommended::Recommended;
-use setun_kernels::{Kernels, Pool, TernaryMatrix};
 
+use crate::engine::Engine;
 use crate::error::TrainError;
 use crate::params::{Kind, Param, Params};
 use crate::vocabulary::{Vocabulary, write_whole};
+use crate::weights::Recipe;
 
 /// How ternary layers are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TernaryForm {
     /// Four codes to a byte and the scale γ (`autobitlinear`, `offline`), as microsoft/bitnet-b1.58-2B-4T: what
-    /// inference needs.
+    /// inference needs. Of weight-only models floats that are 0 or ± their group's scale, as Ternary-Bonsai's "unpacked" files:
+    /// loaders of packed layers round activations.
     #[default]
     Packed,
     /// The full-precision masters (`autobitlinear`, `online`): what further training needs.
@@ -45,13 +47,20 @@ pub struct ExportOptions {
     /// every bit of what was trained, so that the trainer's logits are reproduced; BF16 halves what is not ternary.
     /// The scales of packed layers are F32 in both.
     pub floats: Encoding,
+    /// Weights that share a scale in a weight-only model ([`Recipe::group`]).
+    pub group: Option<usize>,
     /// Sampling recommended to those who run the model.
     pub sampling: Recommended,
 }
 
 impl Default for ExportOptions {
     fn default() -> Self {
-        Self { ternary: TernaryForm::Packed, floats: Encoding::F32, sampling: Recommended::default() }
+        Self {
+            ternary: TernaryForm::Packed,
+            floats: Encoding::F32,
+            group: None,
+            sampling: Recommended::default(),
+        }
     }
 }
 
@@ -83,7 +92,9 @@ pub fn export(
         }
         _ => {}
     }
-    write_weights(&folder.join("model.safetensors"), params, options)?;
+    let weight_only =
+        matches!(&config.numerics, Numerics::Ternary(t) if t.activations == ActivationType::Float);
+    write_weights(&folder.join("model.safetensors"), params, weight_only, options)?;
     vocabulary.save(&folder.join("tokenizer.json"))?;
     write_json(&folder.join("tokenizer_config.json"), &tokenizer_config(config, vocabulary)?)?;
     write_json(&folder.join("generation_config.json"), &generation_config(config, &options.sampling))?;
@@ -95,8 +106,14 @@ fn not_finite(param: &Param) -> Option<(&Param, usize)> {
     Some((param, index))
 }
 
-fn write_weights(path: &Path, params: &Params, options: &ExportOptions) -> Result<(), TrainError> {
-    let packed = |p: &Param| p.kind == Kind::Matrix(Role::Ternary) && options.ternary == TernaryForm::Packed;
+fn write_weights(
+    path: &Path,
+    params: &Params,
+    weight_only: bool,
+    options: &ExportOptions,
+) -> Result<(), TrainError> {
+    let ternary = |p: &Param| p.kind == Kind::Matrix(Role::Ternary) && options.ternary == TernaryForm::Packed;
+    let packed = |p: &Param| ternary(p) && !weight_only;
     let spec = |name: String, shape: Vec<usize>, encoding: Encoding| TensorSpec { name, shape, encoding };
     let mut specs = Vec::new();
     for param in params.iter() {
@@ -109,11 +126,14 @@ fn write_weights(path: &Path, params: &Params, options: &ExportOptions) -> Resul
         }
     }
     // Small enough that one thread and two passes over the scales do.
-    let (kernels, pool) = (Kernels::best(), Pool::new(1));
+    let (engine, recipe) = (Engine::new(1), Recipe { group: options.group, ..Recipe::default() });
+    let quantized = |param: &Param| {
+        recipe
+            .quantize(&engine, param)
+            .map_err(|e| ModelError::Tensor { name: param.name.clone(), what: e.to_string() })
+    };
     let encoded = |param: &Param| -> Result<(Vec<u8>, Vec<u8>), TrainError> {
-        let matrix = TernaryMatrix::quantize(kernels, &param.values, param.rows, param.cols, &pool);
-        let matrix =
-            matrix.map_err(|e| ModelError::Tensor { name: param.name.clone(), what: e.to_string() })?;
+        let matrix = quantized(param)?;
         let (convention, f32) = (ScaleConvention::Multiply, Encoding::F32);
         Ok(encode_hf_packed(&param.name, &matrix, convention, &f32, Scaling::Exact)?)
     };
@@ -124,6 +144,14 @@ fn write_weights(path: &Path, params: &Params, options: &ExportOptions) -> Resul
         let bytes = match (packed(param), param.name == name) {
             (true, true) => encoded(param)?.0,
             (true, false) => encoded(param)?.1,
+            (false, _) if ternary(param) => {
+                let matrix = quantized(param)?;
+                let mut copies = vec![0.0; param.values.len()];
+                for (row, out) in copies.chunks_exact_mut(param.cols).enumerate() {
+                    matrix.dequantize_row(row, out);
+                }
+                encode_floats(&name, &copies, param.cols, &options.floats)?
+            }
             (false, _) => encode_floats(&name, &param.values, param.cols, &options.floats)?,
         };
         writer.tensor(&bytes)?;
@@ -143,6 +171,8 @@ fn scale_name(param: &Param) -> String {
 fn config_json(config: &ModelConfig, options: &ExportOptions) -> Result<Value, ModelError> {
     let mut stored = config.clone();
     match &mut stored.numerics {
+        // What its tensors hold says that it is ternary, no field of the configuration.
+        Numerics::Ternary(ternary) if ternary.activations == ActivationType::Float => {}
         Numerics::Ternary(ternary) => {
             ternary.storage = match options.ternary {
                 TernaryForm::Packed => Storage::Multiply,
@@ -195,6 +225,7 @@ mod tests {
     use crate::params::initialise;
     use setun::config::{Activation, Shape};
     use setun::format::{Checkpoint, hf_packed_to_ternary};
+    use setun_kernels::{Kernels, Pool, TernaryMatrix};
 
     fn shape() -> Shape {
         Shape {

@@ -1,29 +1,50 @@
-//! AdamW with global-norm clipping, in one pass over masters, moments and gradients.
+//! AdamW with global-norm clipping, in one pass over masters, moments and gradients; Muon for the matrices of the blocks, where asked.
 
-use crate::config::OptimizerSection;
+mod muon;
+
+use muon::Muon;
+
+use crate::config::{OptimizerKind, OptimizerSection};
 use crate::engine::{CHUNK, Engine, sum2, vectorised};
-use crate::params::Params;
+use crate::params::{Param, Params};
 use crate::schedule::Rates;
 use crate::tape::Gradients;
 
-/// AdamW (Loshchilov and Hutter, 2019, <https://arxiv.org/abs/1711.05101>), its moments in f32.
+/// AdamW (Loshchilov and Hutter, 2019, <https://arxiv.org/abs/1711.05101>), its moments in f32; with [`OptimizerKind::Muon`] for all but
+/// the matrices of the blocks, which Muon changes.
 #[derive(Debug, Clone, PartialEq)]
-pub struct AdamW {
+pub struct Optimizer {
+    kind: OptimizerKind,
+    momentum: f32,
     betas: [f64; 2],
     eps: f64,
     clip: f64,
     /// Steps taken.
     pub(crate) steps: u64,
-    /// First and second moment of every parameter.
+    /// First and second moment of every parameter. Muon's matrices have a momentum and no second moment.
     pub(crate) moments: [Vec<Vec<f32>>; 2],
 }
 
-impl AdamW {
+impl Optimizer {
     /// With zero moments.
     pub fn new(settings: &OptimizerSection, params: &Params) -> Self {
-        let zeros = || params.iter().map(|p| vec![0.0; p.values.len()]).collect();
-        let OptimizerSection { betas, eps, clip, .. } = *settings;
-        Self { betas, eps, clip, steps: 0, moments: [zeros(), zeros()] }
+        let OptimizerSection { kind, momentum, betas, eps, clip, .. } = *settings;
+        let momentum = momentum as f32;
+        let mut this = Self { kind, momentum, betas, eps, clip, steps: 0, moments: Default::default() };
+        for param in params.iter() {
+            for (names, moments) in this.moment_names(param).into_iter().zip(&mut this.moments) {
+                moments.push(vec![0.0; names.map_or(0, |_| param.values.len())]);
+            }
+        }
+        this
+    }
+
+    /// What checkpoints call the first and the second moment of a parameter, where it has them.
+    pub(crate) fn moment_names(&self, param: &Param) -> [Option<&'static str>; 2] {
+        match self.kind == OptimizerKind::Muon && muon::takes(param) {
+            true => [Some("muon_m"), None],
+            false => [Some("adam_m"), Some("adam_v")],
+        }
     }
 
     /// Changes `params` along `gradients`; returns their global norm before clipping.
@@ -54,6 +75,11 @@ impl AdamW {
         let mut pieces = Vec::new();
         for (((param, m), v), g) in params.iter_mut().zip(first).zip(second).zip(gradients.iter()) {
             let keep = if param.kind.decays() { (1.0 - rates.lr * rates.weight_decay) as f32 } else { 1.0 };
+            if v.len() != m.len() {
+                let with = Muon { beta: self.momentum, scale: rule.scale, keep, lr: rates.lr as f32 };
+                muon::step(engine, with, param, m, g);
+                continue;
+            }
             let rule = Rule { keep, ..rule };
             let parts = param.values.chunks_mut(CHUNK).zip(m.chunks_mut(CHUNK)).zip(v.chunks_mut(CHUNK));
             pieces.extend(parts.zip(g.chunks(CHUNK)).map(|(((w, m), v), g)| (rule, w, m, v, g)));
@@ -127,7 +153,7 @@ mod tests {
     fn two_steps_follow_the_published_formula() {
         let mut params = one(&[1.0, -2.0, 0.5]);
         let settings = OptimizerSection { clip: 0.0, ..OptimizerSection::default() };
-        let mut optimizer = AdamW::new(&settings, &params);
+        let mut optimizer = Optimizer::new(&settings, &params);
         let (mut w, mut m, mut v) = ([1.0f64, -2.0, 0.5], [0.0; 3], [0.0; 3]);
         let ([b1, b2], engine) = (settings.betas, Engine::new(1));
         for (t, g) in [[0.3f32, -4.0, 0.0], [0.1, 1.0, 1e-4]].iter().enumerate() {
@@ -150,7 +176,7 @@ mod tests {
     fn clipping_scales_the_gradient_down_to_the_limit_and_reports_the_norm_before() {
         let mut params = one(&[0.0, 0.0]);
         let settings = OptimizerSection { clip: 1.0, ..OptimizerSection::default() };
-        let mut optimizer = AdamW::new(&settings, &params);
+        let mut optimizer = Optimizer::new(&settings, &params);
         let gradients = gradients(&params, &[3.0, 4.0]);
         let norm =
             optimizer.step(&Engine::new(1), &mut params, &gradients, Rates { lr: 0.01, weight_decay: 0.0 });
@@ -162,7 +188,7 @@ mod tests {
     #[test]
     fn a_gradient_that_is_not_finite_changes_nothing() {
         let mut params = one(&[1.0, 2.0]);
-        let mut optimizer = AdamW::new(&OptimizerSection::default(), &params);
+        let mut optimizer = Optimizer::new(&OptimizerSection::default(), &params);
         let before = (params.clone(), optimizer.clone());
         let gradients = gradients(&params, &[f32::NAN, 1.0]);
         let norm =

@@ -20,6 +20,7 @@ pub struct Rates {
 ///   `lr_second` and decays linearly from there. Weight decay ends at `switch`: masters near a rounding threshold act as
 ///   confidences, and decay would keep them there.
 /// - cosine: `lr` to `lr · final_fraction` along half a cosine.
+/// - linear: `lr` to `lr · final_fraction` along a line.
 /// - constant: `lr`.
 pub fn rates(settings: &OptimizerSection, step: u64, total: u64) -> Rates {
     let (lr, floor) = (settings.lr, settings.lr * settings.final_fraction);
@@ -45,7 +46,7 @@ pub fn rates(settings: &OptimizerSection, step: u64, total: u64) -> Rates {
             let from = (settings.switch * total as f64).ceil().max(warmup as f64);
             linear(settings.second_lr(), floor, way(from))
         }
-        ScheduleKind::TwoStage => linear(lr, floor, way(warmup as f64)),
+        ScheduleKind::TwoStage | ScheduleKind::Linear => linear(lr, floor, way(warmup as f64)),
     };
     Rates { lr, weight_decay }
 }
@@ -53,6 +54,9 @@ pub fn rates(settings: &OptimizerSection, step: u64, total: u64) -> Rates {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const ALL: [ScheduleKind; 4] =
+        [ScheduleKind::TwoStage, ScheduleKind::Cosine, ScheduleKind::Linear, ScheduleKind::Constant];
 
     fn settings(schedule: ScheduleKind) -> OptimizerSection {
         OptimizerSection {
@@ -68,7 +72,7 @@ mod tests {
 
     #[test]
     fn warm_up_rises_to_the_peak_on_every_schedule() {
-        for schedule in [ScheduleKind::TwoStage, ScheduleKind::Cosine, ScheduleKind::Constant] {
+        for schedule in ALL {
             let lr = |step| rates(&settings(schedule), step, 100).lr;
             assert!((lr(0) - 0.1).abs() < 1e-12);
             assert_eq!(lr(9), 1.0);
@@ -87,14 +91,19 @@ mod tests {
     }
 
     #[test]
-    fn cosine_falls_to_the_floor_and_constant_stays() {
+    fn cosine_and_linear_fall_to_the_floor_and_constant_stays() {
+        let linear = |step| rates(&settings(ScheduleKind::Linear), step, 100);
+        assert!(
+            (linear(54).lr - (0.1 + 0.9 * 45.0 / 89.0)).abs() < 1e-12 && (linear(99).lr - 0.1).abs() < 1e-12
+        );
+        assert_eq!(linear(99).weight_decay, settings(ScheduleKind::Linear).weight_decay);
         assert!((rates(&settings(ScheduleKind::Cosine), 99, 100).lr - 0.1).abs() < 1e-12);
         assert_eq!(rates(&settings(ScheduleKind::Constant), 99, 100).lr, 1.0);
     }
 
     #[test]
     fn runs_of_one_step_have_finite_rates() {
-        for schedule in [ScheduleKind::TwoStage, ScheduleKind::Cosine, ScheduleKind::Constant] {
+        for schedule in ALL {
             assert!(rates(&settings(schedule), 0, 1).lr.is_finite());
             let cold = OptimizerSection { warmup_steps: 0, ..settings(schedule) };
             assert!(rates(&cold, 0, 1).lr.is_finite());

@@ -12,7 +12,7 @@ use crate::engine::Engine;
 use crate::error::TrainError;
 use crate::loss::{IGNORE, Loss};
 use crate::metrics::{Metrics, MetricsWriter, Window};
-use crate::optimizer::AdamW;
+use crate::optimizer::Optimizer;
 use crate::params::{self, ParamId, Params, TrainModel};
 use crate::schedule;
 use crate::tape::{Gradients, Setting, Tape};
@@ -31,7 +31,7 @@ pub struct Trainer {
     params: Params,
     weights: Weights,
     gradients: Gradients,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     rope: RopeTable,
     checkpoints: Checkpoints,
     step: u64,
@@ -144,7 +144,7 @@ impl Trainer {
         let mut trainer = Self {
             weights: Weights::default(),
             gradients: Gradients::new(&params),
-            optimizer: AdamW::new(&config.optimizer, &params),
+            optimizer: Optimizer::new(&config.optimizer, &params),
             checkpoints: Checkpoints::of(&config.train.out),
             step: 0,
             tokens: 0,
@@ -164,17 +164,22 @@ impl Trainer {
         if let Some(checkpoint) = checkpoint {
             trainer.restore(checkpoint)?;
         }
-        trainer.weights = Weights::new(&trainer.engine, &trainer.params);
+        let recipe = trainer.config.recipe(trainer.step);
+        trainer.weights = Weights::with(&trainer.engine, &trainer.params, recipe);
         Ok(trainer)
     }
 
     fn restore(&mut self, mut checkpoint: Checkpoint) -> Result<(), TrainError> {
-        let [first, second] = &mut self.optimizer.moments;
-        for ((param, m), v) in self.params.iter_mut().zip(first).zip(second) {
+        for (i, param) in self.params.iter_mut().enumerate() {
             let shape = param.shape();
             param.values = checkpoint.take("param", &param.name, &shape)?;
-            *m = checkpoint.take("adam_m", &param.name, &shape)?;
-            *v = checkpoint.take("adam_v", &param.name, &shape)?;
+            for (name, moments) in
+                self.optimizer.moment_names(param).into_iter().zip(&mut self.optimizer.moments)
+            {
+                if let Some(name) = name {
+                    moments[i] = checkpoint.take(name, &param.name, &shape)?;
+                }
+            }
         }
         let State { step, tokens, elapsed, window, data, best, .. } = checkpoint.state;
         self.data.restore(&data)?;
@@ -211,8 +216,9 @@ impl Trainer {
         if !grad_norm.is_finite() {
             return Err(self.diverged(mean));
         }
-        self.weights.refresh(&self.engine, &self.params);
         self.step += 1;
+        self.weights.set_strength(self.config.recipe(self.step).strength);
+        self.weights.refresh(&self.engine, &self.params);
         let tokens = batches.iter().map(|b| b.ids.len() as u64).sum::<u64>();
         self.tokens += tokens;
         let seconds = started.elapsed().as_secs_f64();
@@ -419,6 +425,8 @@ fn same_run(saved: &TrainConfig, now: &TrainConfig) -> Result<(), TrainError> {
     section("data.sources", mixture(saved) == mixture(now))?;
     section("data.seq_len", saved.data.seq_len == now.data.seq_len)?;
     section("train.batch", saved.train.batch == now.train.batch)?;
+    let warmup = |c: &TrainConfig| c.train.quantization_warmup_steps;
+    section("train.quantization_warmup_steps", warmup(saved) == warmup(now))?;
     section("train.accumulation", saved.train.accumulation == now.train.accumulation)?;
     section("train.seed", saved.train.seed == now.train.seed)
 }

@@ -3,17 +3,18 @@
 mod common;
 
 use common::{assert_close, noise, tiny, tiny_qwen3};
-use setun::config::{ModelConfig, RopeTable};
+use setun::config::{ActivationType, ModelConfig, RopeTable};
 use setun::model::Role;
+use setun::ops::{Linear, Ops};
 use setun_train::config::OptimizerSection;
 use setun_train::data::Batch;
 use setun_train::engine::Engine;
-use setun_train::optimizer::AdamW;
-use setun_train::params::{self, Kind, ParamId, Params, TrainModel};
+use setun_train::optimizer::Optimizer;
+use setun_train::params::{self, Kind, Param, ParamId, Params, TrainModel};
 use setun_train::schedule::Rates;
 use setun_train::tape::{Gradients, Setting, Tape};
 use setun_train::trainer::forward;
-use setun_train::weights::Weights;
+use setun_train::weights::{Recipe, Weights};
 
 struct Run {
     engine: Engine,
@@ -111,7 +112,7 @@ fn one_batch_can_be_learnt_by_heart() {
     for ternary in [true, false] {
         let mut run = Run::new(tiny(ternary), 2);
         let batch = batch(2, 16, 13);
-        let mut optimizer = AdamW::new(&OptimizerSection::default(), &run.params);
+        let mut optimizer = Optimizer::new(&OptimizerSection::default(), &run.params);
         let first = run.loss(&batch);
         for _ in 0..300 {
             let gradients = run.gradients(&batch);
@@ -128,11 +129,96 @@ fn weight_decay_spares_embedding_norms_and_biases() {
     let run = Run::new(tiny(true), 1);
     let zero = Gradients::new(&run.params);
     let mut params = run.params.clone();
-    let mut optimizer = AdamW::new(&OptimizerSection::default(), &params);
+    let mut optimizer = Optimizer::new(&OptimizerSection::default(), &params);
     optimizer.step(&run.engine, &mut params, &zero, Rates { lr: 0.1, weight_decay: 0.5 });
     for (before, after) in run.params.iter().zip(params.iter()) {
         let factor = if matches!(before.kind, Kind::Matrix(Role::Ternary)) { 0.95 } else { 1.0 };
         let expected: Vec<f64> = before.values.iter().map(|w| f64::from(*w) * factor).collect();
         assert_close(&before.name, &after.values, &expected, 1e-6);
+    }
+}
+
+#[test]
+fn without_strength_a_ternary_model_is_its_float_twin_and_with_all_of_it_itself() {
+    let batch = batch(2, 12, 13);
+    let twin = Run::new(tiny(false), 2).loss(&batch);
+    let mut run = Run::new(tiny(true), 2);
+    let exact = run.loss(&batch);
+    let mut at = |strength| {
+        run.weights = Weights::with(&run.engine, &run.params, Recipe { strength, ..Recipe::default() });
+        run.loss(&batch)
+    };
+    assert!((at(0.0) - twin).abs() < 1e-6, "{} {twin}", at(0.0));
+    assert_eq!(at(1.0), exact);
+    // Just below full strength products are of floats: no integer sums, the same numbers.
+    assert!((at(0.999_999) - exact).abs() < 1e-4, "{} {exact}", at(0.999_999));
+    assert!((at(0.5) - twin).abs() > 1e-6 && (at(0.5) - exact).abs() > 1e-6);
+}
+
+#[test]
+fn gradients_of_every_recipe_are_those_of_the_float_model_with_its_weights_and_inputs() {
+    // Straight-through: for a linear layer alone, y = x' W'ᵀ, dx = dy W', dW = dyᵀ x'.
+    let (rows, cols, tokens) = (12, 20, 5);
+    let (x, dy) = (noise(tokens * cols, 1), noise(tokens * rows, 2));
+    for (group, activations, strength) in [
+        (Some(8), ActivationType::Float, 1.0),
+        (Some(8), ActivationType::Float, 0.3),
+        (None, ActivationType::Int8, 0.3),
+    ] {
+        let (engine, mut params) = (Engine::new(2), Params::default());
+        let (name, kind) = ("w".to_owned(), Kind::Matrix(Role::Ternary));
+        let id = params.add(Param { name, rows, cols, kind, values: noise(rows * cols, 3) });
+        let recipe = Recipe { group, activations, strength };
+        let weights = Weights::with(&engine, &params, recipe);
+        let w: Vec<f64> = {
+            let matrix = recipe.quantize(&engine, &params[id]).unwrap();
+            let mut row = vec![0.0; cols];
+            let all = (0..rows).flat_map(|r| {
+                matrix.dequantize_row(r, &mut row);
+                row.clone()
+            });
+            let master = params[id].values.iter();
+            all.zip(master).map(|(t, &m)| f64::from(m) + f64::from(strength) * f64::from(t - m)).collect()
+        };
+        let rounded: Vec<f64> = x
+            .chunks(cols)
+            .flat_map(|row| {
+                let largest = row.iter().fold(0f32, |m, v| m.max(v.abs()));
+                let a = f64::from(127.0 / largest);
+                let one = move |&v: &f32| match activations {
+                    ActivationType::Float => f64::from(v),
+                    ActivationType::Int8 => {
+                        let q = (f64::from(v) * a).round_ties_even() / a;
+                        f64::from(v) + f64::from(strength) * (q - f64::from(v))
+                    }
+                };
+                row.iter().map(one).collect::<Vec<_>>()
+            })
+            .collect();
+        let rope = RopeTable::new(&tiny(true).rope);
+        let setting = Setting {
+            engine: &engine,
+            params: &params,
+            weights: &weights,
+            rope: &rope,
+            sequences: 1,
+            seq_len: tokens,
+        };
+        let mut gradients = Gradients::new(&params);
+        let mut tape = Tape::new(setting, &mut gradients);
+        let input = tape.input(&x, cols);
+        let [y] = tape.linear(&input, [&Linear::plain(id)]);
+        let product = |n: usize, m: usize, k: usize, f: &dyn Fn(usize, usize, usize) -> f64| -> Vec<f64> {
+            (0..n * m).map(|i| (0..k).map(|l| f(i / m, i % m, l)).sum()).collect()
+        };
+        let dy64: Vec<f64> = dy.iter().map(|&v| f64::from(v)).collect();
+        let expected = product(tokens, rows, cols, &|t, r, c| rounded[t * cols + c] * w[r * cols + c]);
+        assert_close("y", y.values(), &expected, 1e-5);
+        tape.seed(&y, &dy);
+        let [dx] = tape.backward_to([&input]);
+        let expected = product(tokens, cols, rows, &|t, c, r| dy64[t * rows + r] * w[r * cols + c]);
+        assert_close("dx", &dx.unwrap(), &expected, 1e-5);
+        let expected = product(rows, cols, tokens, &|r, c, t| dy64[t * rows + r] * rounded[t * cols + c]);
+        assert_close("dw", gradients.get(id), &expected, 1e-5);
     }
 }

@@ -4,6 +4,7 @@ mod common;
 
 use common::{run_config as config, write_corpus};
 use setun_train::checkpoint::Checkpoints;
+use setun_train::config::OptimizerKind;
 use setun_train::error::TrainError;
 use setun_train::trainer::{Progress, StepReport, Trainer};
 
@@ -39,6 +40,32 @@ fn three_steps_a_stop_and_three_more_have_the_bits_of_six() {
         let rest: Vec<f64> = (0..3).map(|_| second.step().unwrap().loss).collect();
         assert_eq!(rest, losses[3..], "{precision}");
         assert!(bits(&second) == bits(&whole), "{precision}: weights differ");
+    }
+}
+
+#[test]
+fn a_stop_within_the_growth_of_rounding_and_with_muon_changes_nothing() {
+    for precision in ["ternary", "ternary-weights"] {
+        let folder = tempfile::tempdir().unwrap();
+        write_corpus(folder.path());
+        let config = |out: &str, threads| {
+            let mut config = config(folder.path(), precision, out, 6);
+            config.train.quantization_warmup_steps = 5;
+            config.train.threads = Some(threads);
+            config.optimizer.kind = OptimizerKind::Muon;
+            config
+        };
+        let mut whole = Trainer::new(config("whole", 3)).unwrap();
+        let losses: Vec<f64> = (0..6).map(|_| whole.step().unwrap().loss).collect();
+        Trainer::new(config("parts", 1)).unwrap().run(&mut StopAfter(3)).unwrap();
+        let mut second = Trainer::resume(config("parts", 2)).unwrap();
+        let rest: Vec<f64> = (0..3).map(|_| second.step().unwrap().loss).collect();
+        assert_eq!(rest, losses[3..], "{precision}");
+        assert!(bits(&second) == bits(&whole), "{precision}: weights differ");
+        let mut other = config("parts", 2);
+        other.train.quantization_warmup_steps = 4;
+        let error = Trainer::resume(other).unwrap_err().to_string();
+        assert!(error.contains("`train.quantization_warmup_steps`"), "{error}");
     }
 }
 

@@ -49,13 +49,33 @@ impl TrainConfig {
         let sizes =
             [("hidden_size", self.model.hidden_size), ("intermediate_size", self.model.intermediate_size)];
         for (field, size) in sizes {
-            if self.model.precision == Precision::Ternary && !size.is_multiple_of(4) {
+            if self.model.precision != Precision::Float && !size.is_multiple_of(4) {
                 return Err(TrainError::setting(
                     format!("model.{field}"),
                     size,
                     "a multiple of 4 in a ternary model",
                 ));
             }
+        }
+        let alone = model.precision == Precision::TernaryWeights;
+        if alone && model.sub_norms {
+            let expected =
+                "false with precision = \"ternary-weights\", whose files are those of Llama-like models";
+            return Err(TrainError::setting("model.sub_norms", true, expected));
+        }
+        if let (Some(group), false) = (model.group_size, alone) {
+            let expected = "absent, unless precision = \"ternary-weights\"";
+            return Err(TrainError::setting("model.group_size", group, expected));
+        }
+        let group = model.group_size.unwrap_or(super::GROUP_SIZE);
+        let divides = |size: usize| size.is_multiple_of(group);
+        if alone && (group < 32 || !divides(model.hidden_size) || !divides(model.intermediate_size)) {
+            let expected = format!(
+                "a divisor of model.hidden_size = {} and model.intermediate_size = {}, and at least 32, or readers of the file do \
+                 not find the groups",
+                model.hidden_size, model.intermediate_size
+            );
+            return Err(TrainError::setting("model.group_size", group, expected));
         }
         if self.tokenizer.end_of_text.is_empty() {
             return Err(TrainError::setting("tokenizer.end_of_text", "empty", "the text of a token"));
@@ -153,6 +173,7 @@ impl TrainConfig {
             ("weight_decay", o.weight_decay, not_negative(o.weight_decay), "a number from 0 up"),
             ("betas", o.betas[0], below_one(o.betas[0]), "two numbers from 0 to below 1"),
             ("betas", o.betas[1], below_one(o.betas[1]), "two numbers from 0 to below 1"),
+            ("momentum", o.momentum, below_one(o.momentum), "a number from 0 to below 1"),
             ("eps", o.eps, positive(o.eps), "a positive number"),
             ("clip", o.clip, not_negative(o.clip), "a number from 0 (no limit) up"),
         ];
@@ -180,6 +201,16 @@ impl TrainConfig {
         };
         if let Some(found) = length {
             return Err(TrainError::setting("train.steps", found, "one of `steps` and `tokens`, at least 1"));
+        }
+        let warmup = t.quantization_warmup_steps;
+        if warmup > 0 && self.model.precision == Precision::Float {
+            let expected = "0 in a float run, which rounds nothing";
+            return Err(TrainError::setting("train.quantization_warmup_steps", warmup, expected));
+        }
+        if warmup >= self.total_steps() {
+            let expected =
+                format!("below the run's {} steps, or the model would never be ternary", self.total_steps());
+            return Err(TrainError::setting("train.quantization_warmup_steps", warmup, expected));
         }
         if t.threads == Some(0) {
             return Err(TrainError::setting("train.threads", 0, "at least 1, or absent"));

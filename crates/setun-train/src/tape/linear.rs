@@ -2,16 +2,19 @@
 //!
 //! BitLinear (<https://arxiv.org/abs/2402.17764>, section 2) multiplies int8 activations with ternary weights, exactly,
 //! on the kernels of inference. Backwards both roundings count as the identity ("straight-through"): with the dequantised
-//! `x'` and `W'`, `dx = dy · W'` and `dW = dyᵀ · x'`, and nothing flows through the scales.
+//! `x'` and `W'`, `dx = dy · W'` and `dW = dyᵀ · x'`, and nothing flows through the scales. Weights alone being ternary, or rounding
+//! growing in ([`crate::weights::Recipe`]), `x'` and `W'` are floats, multiplied as such.
 
 use std::sync::Arc;
 
+use setun::config::ActivationType;
 use setun_kernels::gemm::{Into, View, ViewMut, gemm_on};
 use setun_kernels::{Activations, PackedMatrix};
 
 use super::{Tape, Var, elementwise};
-use crate::engine::{Engine, Floats, rows_per_chunk, vectorised};
+use crate::engine::{CHUNK, Engine, Floats, rows_per_chunk, vectorised};
 use crate::params::ParamId;
+use crate::weights::blend;
 
 /// What the gradient of the weight needs of the input.
 #[derive(Clone)]
@@ -39,28 +42,41 @@ impl Tape<'_> {
     ) -> [Var; N] {
         let on = self.on;
         let (tokens, cols) = (self.tokens(), x.width);
+        let recipe = on.weights.recipe();
         let ternary = |matrix: ParamId| on.weights.get(matrix).is_some();
-        let quantised = layers.iter().any(|&(matrix, _)| ternary(matrix)).then(|| {
+        let rounds = recipe.activations == ActivationType::Int8;
+        let quantised = (rounds && layers.iter().any(|&(matrix, _)| ternary(matrix))).then(|| {
             let mut activations = Activations::new();
             activations.quantize(on.engine.kernels, &x.value, tokens, cols, Some(&on.engine.pool));
             Arc::new(activations)
         });
+        // What float products of ternary layers read; of others, `x`.
+        let blended = quantised.as_ref().filter(|_| !recipe.exact()).map(|activations| {
+            let mut blended = dequantize(on.engine, activations);
+            on.engine.pool.run_chunks_mut(&mut blended, CHUNK, |i, part| {
+                blend(&x.value[i * CHUNK..], part, recipe.strength);
+            });
+            Arc::new(blended)
+        });
+        let input = |matrix: ParamId| blended.as_ref().filter(|_| ternary(matrix)).unwrap_or(&x.value);
         let mut out = layers.map(|(matrix, _)| on.engine.scratch(tokens * on.params[matrix].rows));
 
         let mut packed: Vec<&PackedMatrix> = Vec::new();
         let mut exact: Vec<&mut [f32]> = Vec::new();
         for (&(matrix, _), y) in layers.iter().zip(&mut out) {
             let rows = on.params[matrix].rows;
-            if let Some(weight) = on.weights.get(matrix) {
-                packed.push(&weight.packed);
+            let weight = on.weights.get(matrix);
+            if let Some(weight) = weight.and_then(|weight| weight.packed.as_ref()) {
+                packed.push(weight);
                 exact.push(y);
             } else {
-                let w = View::new(&on.params[matrix].values, rows, cols, cols);
-                let y = ViewMut::new(y, tokens, rows, rows);
-                gemm_on(&on.engine.pool, y, Into::Set, 1.0, View::new(&x.value, tokens, cols, cols), w.t());
+                let w = weight.map_or(&on.params[matrix].values, |weight| &weight.dense);
+                let (w, y) = (View::new(w, rows, cols, cols), ViewMut::new(y, tokens, rows, rows));
+                let x = View::new(input(matrix), tokens, cols, cols);
+                gemm_on(&on.engine.pool, y, Into::Set, 1.0, x, w.t());
             }
         }
-        if let Some(activations) = &quantised {
+        if let Some(activations) = quantised.as_ref().filter(|_| !packed.is_empty()) {
             PackedMatrix::matmul_group(&packed, activations, &mut exact, &on.engine.pool);
         }
         for (&(_, bias), y) in layers.iter().zip(&mut out) {
@@ -72,8 +88,8 @@ impl Tape<'_> {
         let out = layers.map(|(matrix, _)| on.params[matrix].rows).into_iter().zip(out);
         let out: Vec<Var> = out.map(|(width, y)| self.var(y, width)).collect();
         let inputs = layers.map(|(matrix, _)| match &quantised {
-            Some(activations) if ternary(matrix) => Input::Int8(activations.clone()),
-            _ => Input::Float(x.value.clone()),
+            Some(activations) if recipe.exact() && ternary(matrix) => Input::Int8(activations.clone()),
+            _ => Input::Float(input(matrix).clone()),
         });
         let (from, to) = (x.id, out.iter().map(|y| y.id).collect::<Vec<_>>());
         self.record(move |tape| tape.linear_back(from, cols, layers.iter().zip(&to).zip(inputs)));

@@ -136,16 +136,22 @@ pub fn write_corpus(folder: &Path) {
 
 /// A run on that corpus that takes milliseconds a step.
 pub fn run_config(folder: &Path, precision: &str, out: &str, steps: u64) -> TrainConfig {
+    // Weight-only models are Llama-like.
+    let (inner, form) = match precision {
+        "ternary-weights" => (64, "sub_norms = false\ngroup_size = 32"),
+        _ => (48, ""),
+    };
     let text = format!(
         r#"
         [model]
         vocab_size = 300
         hidden_size = 32
-        intermediate_size = 48
+        intermediate_size = {inner}
         num_layers = 2
         heads = 2
         max_positions = 64
         precision = "{precision}"
+        {form}
         [data]
         seq_len = 24
         cache = "tokens"
