@@ -155,7 +155,8 @@ pub fn fast(config: &ModelConfig, options: EngineOptions) -> EngineOptions {
              --activations float computes as defined"
         );
     }
-    EngineOptions { activations: Some(options.activations.unwrap_or(ActivationType::Int8)), ..options }
+    let rounded = if defined == ActivationType::Float { ActivationType::Int8 } else { defined };
+    EngineOptions { activations: Some(options.activations.unwrap_or(rounded)), ..options }
 }
 
 /// Refuses a model that gives vectors instead of text.
@@ -199,8 +200,9 @@ pub fn kernels(name: &str) -> Result<&'static Kernels, String> {
 pub fn activations(text: &str) -> Result<ActivationType, String> {
     match text {
         "int8" => Ok(ActivationType::Int8),
+        "int4" => Ok(ActivationType::Int4),
         "float" => Ok(ActivationType::Float),
-        _ => Err("int8 or float is expected".into()),
+        _ => Err("int8, int4 or float is expected".into()),
     }
 }
 

@@ -18,6 +18,7 @@ use crate::threads::{Pool, SharedMut};
 const EPS: f32 = 1e-5;
 /// Weights per partial sum of [`absmean_scale`]: fixed, so that threads do not change the result.
 const SUM_CHUNK: usize = 1 << 14;
+const ROOT_7: f32 = 2.645_751_3;
 /// Activation rows are padded with zeros to this many columns, and at least to [`LONGEST_TILE`].
 pub(crate) const COLUMN_PAD: usize = 64;
 /// Columns of the longest tile of weights, all of whose activations must be readable.
@@ -263,9 +264,20 @@ fn half_scale(scale: f32) -> f32 {
 #[repr(C, align(64))]
 struct Line([i8; COLUMN_PAD]);
 
-/// Int8 activations, `[tokens, cols]`: the quantised input of a ternary matrix product.
+/// How activations are rounded, each token by itself.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Rounding {
+    /// BitNet b1.58: `q = clamp(round(x · a), -128, 127)` with `a = 127 / max(max|x|, 1e-5)`.
+    #[default]
+    Int8,
+    /// BitNet a4.8 (<https://arxiv.org/abs/2411.04965>, section 2.2) and v2: `q = clamp(round(x · a), -8, 7)` with
+    /// `a = √7 / max(mean|x|, 1e-5)`.
+    Int4,
+}
+
+/// Rounded activations, `[tokens, cols]`: the input of a ternary matrix product, in one byte each whatever their [`Rounding`].
 ///
-/// Per token, `q = clamp(round(x · a), -128, 127)` with `a = 127 / max(max|x|, 1e-5)`. A token that
+/// A token that
 /// holds a NaN or an infinity becomes all zero with an inverse of NaN, so that all its outputs are NaN.
 /// Buffers are kept from one call to the next.
 #[derive(Debug, Clone, Default)]
@@ -277,11 +289,12 @@ pub struct Activations {
     lines: Vec<Line>,
     inverses: Vec<f32>,
     sums: Vec<i32>,
+    rounding: Rounding,
 }
 
 /// Codes of one token into `q` (as long as `x`). Returns the inverse and the sum of the codes.
 #[inline(always)]
-fn quantize_token(x: &[f32], q: &mut [i8]) -> (f32, i32) {
+fn quantize_token(rounding: Rounding, x: &[f32], q: &mut [i8]) -> (f32, i32) {
     // As integers, magnitudes order like the numbers, with infinities and NaNs above all others.
     let largest = x.iter().fold(0, |m: i32, v| m.max((v.to_bits() & 0x7fff_ffff) as i32));
     let largest = f32::from_bits(largest as u32);
@@ -289,12 +302,20 @@ fn quantize_token(x: &[f32], q: &mut [i8]) -> (f32, i32) {
         q.fill(0);
         return (f32::NAN, 0);
     }
-    let a = 127.0 / largest.max(EPS);
+    let a = match rounding {
+        Rounding::Int8 => 127.0 / largest.max(EPS),
+        Rounding::Int4 => ROOT_7 / scale_of_sum(abs_sum(x), x.len()),
+    };
+    // Clamped as floats: codes that are integers already stay what they are, and others may be too large to add to.
+    let (least, most) = match rounding {
+        Rounding::Int8 => (-128.0, 127.0),
+        Rounding::Int4 => (-8.0, 7.0),
+    };
     // Adding 1.5 · 2^23 rounds |v| ≤ 128 to an integer in the low mantissa bits, ties to even.
     const SHIFT: f32 = 12_582_912.0;
     let mut sum = 0i32;
     for (q, &v) in q.iter_mut().zip(x) {
-        let rounded = ((v * a + SHIFT).to_bits() as i32 - SHIFT.to_bits() as i32).clamp(-128, 127);
+        let rounded = ((v * a).clamp(least, most) + SHIFT).to_bits() as i32 - SHIFT.to_bits() as i32;
         *q = rounded as i8;
         sum += rounded;
     }
@@ -303,20 +324,25 @@ fn quantize_token(x: &[f32], q: &mut [i8]) -> (f32, i32) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn quantize_token_avx2(x: &[f32], q: &mut [i8]) -> (f32, i32) {
-    quantize_token(x, q)
+fn quantize_token_avx2(rounding: Rounding, x: &[f32], q: &mut [i8]) -> (f32, i32) {
+    quantize_token(rounding, x, q)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2")]
-fn quantize_token_avx512(x: &[f32], q: &mut [i8]) -> (f32, i32) {
-    quantize_token(x, q)
+fn quantize_token_avx512(rounding: Rounding, x: &[f32], q: &mut [i8]) -> (f32, i32) {
+    quantize_token(rounding, x, q)
 }
 
 impl Activations {
-    /// No tokens.
+    /// No tokens, to be rounded to int8.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// No tokens, to be rounded like this.
+    pub fn rounded(rounding: Rounding) -> Self {
+        Self { rounding, ..Self::default() }
     }
 
     /// Sets the shape; rows keep zeros after their last column.
@@ -387,6 +413,7 @@ impl Activations {
         let lines = SharedMut::new(&mut self.lines);
         let inverses = SharedMut::new(&mut self.inverses);
         let sums = SharedMut::new(&mut self.sums);
+        let rounding = self.rounding;
         let one = |t: usize| {
             // SAFETY: row `t` of `lines`, `cols <= stride` bytes long; `one` runs once for each token.
             let q =
@@ -395,13 +422,13 @@ impl Activations {
             let (inverse, sum) = match kernels.isa {
                 // SAFETY: a `Kernels` exists only when its instruction set was found.
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 => unsafe { quantize_token_avx512(x, q) },
+                Isa::Avx512 => unsafe { quantize_token_avx512(rounding, x, q) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => unsafe { quantize_token_avx2(x, q) },
+                Isa::Avx2 => unsafe { quantize_token_avx2(rounding, x, q) },
                 #[cfg(target_arch = "aarch64")]
-                Isa::Neon => quantize_token(x, q),
-                Isa::Scalar => quantize_token(x, q),
+                Isa::Neon => quantize_token(rounding, x, q),
+                Isa::Scalar => quantize_token(rounding, x, q),
             };
             // SAFETY: both hold `tokens` values; `one` runs once for each token.
             unsafe {
@@ -656,5 +683,34 @@ mod tests {
         let huge =
             TernaryMatrix::quantize_groups(Kernels::best(), &[1e30; 4], 1, 4, 4, &Pool::new(1)).unwrap();
         assert!(matches!(huge.scales(), Scales::Block { values, .. } if values == &[f16::MAX.to_f32()]));
+    }
+
+    #[test]
+    fn four_bits_are_rounded_by_the_mean_and_clamped_on_every_kernel() {
+        let cols = 77;
+        let mut x: Vec<f32> = (0..4 * cols).map(|i| ((i * 7919 % 1000) as f32 - 499.5) * 1e-2).collect();
+        x[..cols].fill(0.0);
+        x[cols] = 1e30; // Its token's other codes are 0, its own 7.
+        x[3 * cols + 5] = f32::NAN;
+        let mut all: Vec<Activations> = Vec::new();
+        for kernels in Kernels::available() {
+            let mut found = Activations::rounded(Rounding::Int4);
+            found.quantize(kernels, &x, 4, cols, Some(&Pool::new(2)));
+            for (t, row) in x.chunks(cols).enumerate().take(3) {
+                let mean = (row.iter().map(|v| f64::from(v.abs())).sum::<f64>() / cols as f64).max(1e-5);
+                assert!((f64::from(found.inverse(t)) / (mean / 7f64.sqrt()) - 1.0).abs() < 1e-6);
+                for (&q, &v) in found.row(t).iter().zip(row) {
+                    let expected = (v * (7f32.sqrt() / mean as f32)).round_ties_even().clamp(-8.0, 7.0);
+                    assert_eq!(f32::from(q), expected, "{v}");
+                }
+                assert_eq!(found.sum(t), found.row(t).iter().map(|&q| i32::from(q)).sum::<i32>());
+            }
+            assert!(found.inverse(3).is_nan() && found.row(3).iter().all(|&q| q == 0));
+            all.push(found);
+        }
+        for other in &all[1..] {
+            assert!((0..4).all(|t| other.row(t) == all[0].row(t)));
+            assert!((0..3).all(|t| other.inverse(t).to_bits() == all[0].inverse(t).to_bits()));
+        }
     }
 }

@@ -8,7 +8,7 @@ mod check;
 use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use setun::config::{Activation, ActivationType, ModelConfig, Numerics, Shape, Storage, Ternary};
+use setun::config::{Activation, ActivationType, ModelConfig, Numerics, Rotation, Shape, Storage, Ternary};
 use setun::recommended::Recommended;
 
 use crate::error::TrainError;
@@ -77,6 +77,13 @@ pub struct ModelSection {
     /// Default: ternary.
     #[serde(default)]
     pub precision: Precision,
+    /// Bits of the activations that ternary layers round, with `"ternary"`: 8, or 4 (BitNet a4.8's and v2's). Default: 8.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activation_bits: Option<u8>,
+    /// Inputs of the output and down projections rotated by Hadamard matrices before they are rounded (BitNet v2), with `"ternary"`.
+    /// Default: false.
+    #[serde(default)]
+    pub hadamard: bool,
     /// Weights of a row that share a scale, with `"ternary-weights"`: from 32, a divisor of both sizes. Default: 128.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group_size: Option<usize>,
@@ -434,7 +441,28 @@ impl TrainConfig {
             let (activations, storage) = (ActivationType::Float, Storage::FloatCopies);
             config.numerics = Numerics::Ternary(Ternary { activations, storage, exceptions: None });
         }
+        if let Numerics::Ternary(ternary) = &mut config.numerics {
+            ternary.activations = self.activations();
+        }
+        if self.model.hadamard {
+            let modules = ["o_proj", "down_proj"].map(str::to_owned);
+            config.rotation = Some(Rotation::of_inputs(config.num_layers, &modules, self.hadamard_block())?);
+        }
         Ok(config)
+    }
+
+    fn activations(&self) -> ActivationType {
+        match (self.model.precision, self.model.activation_bits) {
+            (Precision::Ternary, Some(4)) => ActivationType::Int4,
+            (Precision::Ternary, _) => ActivationType::Int8,
+            _ => ActivationType::Float,
+        }
+    }
+
+    /// The largest power of two that divides both widths.
+    fn hadamard_block(&self) -> usize {
+        let widths = self.model.hidden_size | self.model.intermediate_size;
+        1 << widths.trailing_zeros().min(usize::BITS - 1)
     }
 
     /// How masters become weights in the pass after `step` steps.
@@ -442,7 +470,7 @@ impl TrainConfig {
         let alone = self.model.precision == Precision::TernaryWeights;
         Recipe {
             group: alone.then(|| self.model.group_size.unwrap_or(GROUP_SIZE)),
-            activations: if alone { ActivationType::Float } else { ActivationType::Int8 },
+            activations: self.activations(),
             strength: match self.train.quantization_warmup_steps {
                 0 => 1.0,
                 steps => (step as f64 / steps as f64).min(1.0) as f32,

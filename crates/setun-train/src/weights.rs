@@ -12,7 +12,7 @@ use crate::params::{Kind, Param, ParamId, Params};
 pub struct Recipe {
     /// Columns of a row that share a scale; `None`: one scale per matrix, BitNet's.
     pub group: Option<usize>,
-    /// Whether inputs are rounded to int8 per token (W1.58A8) or stay floats (W1.58A16).
+    /// Whether inputs are rounded per token, to int8 (W1.58A8) or int4 (W1.58A4), or stay floats (W1.58A16).
     pub activations: ActivationType,
     /// λ of <https://huggingface.co/blog/1_58_llm_extreme_quantization>, from 0 to 1: weights are `w + λ (t γ − w)`, rounded inputs
     /// `x + λ (x' − x)`.
@@ -47,7 +47,7 @@ impl Recipe {
 
     /// Whether products are those of integers, exactly as in inference.
     pub fn exact(&self) -> bool {
-        self.activations == ActivationType::Int8 && self.strength >= 1.0
+        self.activations != ActivationType::Float && self.strength >= 1.0
     }
 }
 

@@ -164,6 +164,8 @@ fn gradients_of_every_recipe_are_those_of_the_float_model_with_its_weights_and_i
         (Some(8), ActivationType::Float, 1.0),
         (Some(8), ActivationType::Float, 0.3),
         (None, ActivationType::Int8, 0.3),
+        (None, ActivationType::Int4, 1.0),
+        (None, ActivationType::Int4, 0.3),
     ] {
         let (engine, mut params) = (Engine::new(2), Params::default());
         let (name, kind) = ("w".to_owned(), Kind::Matrix(Role::Ternary));
@@ -184,13 +186,15 @@ fn gradients_of_every_recipe_are_those_of_the_float_model_with_its_weights_and_i
             .chunks(cols)
             .flat_map(|row| {
                 let largest = row.iter().fold(0f32, |m, v| m.max(v.abs()));
-                let a = f64::from(127.0 / largest);
-                let one = move |&v: &f32| match activations {
-                    ActivationType::Float => f64::from(v),
-                    ActivationType::Int8 => {
-                        let q = (f64::from(v) * a).round_ties_even() / a;
-                        f64::from(v) + f64::from(strength) * (q - f64::from(v))
-                    }
+                let mean = row.iter().map(|v| f64::from(v.abs())).sum::<f64>() / row.len() as f64;
+                let (a, least, most) = match activations {
+                    ActivationType::Int4 => (7f64.sqrt() / mean, -8.0, 7.0),
+                    _ => (127.0 / f64::from(largest), -128.0, 127.0),
+                };
+                let one = move |&v: &f32| {
+                    let v = f64::from(v);
+                    let q = (v * a).round_ties_even().clamp(least, most) / a;
+                    if activations == ActivationType::Float { v } else { v + f64::from(strength) * (q - v) }
                 };
                 row.iter().map(one).collect::<Vec<_>>()
             })

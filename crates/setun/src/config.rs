@@ -22,6 +22,8 @@ pub use provenance::{Fact, Origin};
 pub use rope::{Rope, RopeScaling, RopeTable};
 pub use rotation::Rotation;
 
+use setun_kernels::quant::Rounding;
+
 use crate::error::ModelError;
 use crate::format::{Checkpoint, Llama2cFacts, Llama2cKind};
 use crate::ops::{Attention, DeltaNet};
@@ -81,13 +83,30 @@ pub enum ActivationType {
     /// int8, rounded per token, as BitNet b1.58 is trained.
     #[default]
     Int8,
+    /// Four bits, rounded per token, as BitNet a4.8 and v2 have them ([`Rounding::Int4`]).
+    Int4,
     /// Float, as models are defined of which only the weights were made ternary.
     Float,
 }
 
 impl std::fmt::Display for ActivationType {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(if *self == Self::Int8 { "int8" } else { "float" })
+        f.write_str(match self {
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+            Self::Float => "float",
+        })
+    }
+}
+
+impl ActivationType {
+    /// How inputs of ternary layers are rounded; `None`: not at all.
+    pub fn rounding(self) -> Option<Rounding> {
+        match self {
+            Self::Int8 => Some(Rounding::Int8),
+            Self::Int4 => Some(Rounding::Int4),
+            Self::Float => None,
+        }
     }
 }
 

@@ -155,6 +155,12 @@ pub fn convert(
 ) -> Result<ConvertReport, ModelError> {
     // Tensors go from the order of one file to that of the other, not to the one in which the model is run.
     let config = ModelConfig::of(file)?.with_order(options.target.order());
+    let rounded_after = config.rotation.is_some() && config.activations() != ActivationType::Float;
+    if rounded_after || config.activations() == ActivationType::Int4 {
+        let what = "its activations are rounded to 4 bits or in a rotated basis, which no other container can say and programs would \
+                    miss silently: keep the folder that `setun train` wrote";
+        return Err(ModelError::unsupported(file.path(), what));
+    }
     let weights = Weights::new(file, &config);
     weights.check_all_used()?;
     weights.check_scale_convention()?;

@@ -82,11 +82,9 @@ impl<'a> CpuSource<'a> {
         let tied = self.weights.config().tied;
         Ok(match (self.activations, role) {
             (ActivationType::Float, _) => CpuMatrix::Codes(matrix),
-            (ActivationType::Int8, Role::Embedding) if tied => {
-                CpuMatrix::Tied { product: pack(&matrix), rows: matrix }
-            }
-            (ActivationType::Int8, Role::Embedding) => CpuMatrix::Codes(matrix),
-            (ActivationType::Int8, _) => CpuMatrix::Ternary(pack(&matrix)),
+            (_, Role::Embedding) if tied => CpuMatrix::Tied { product: pack(&matrix), rows: matrix },
+            (_, Role::Embedding) => CpuMatrix::Codes(matrix),
+            (_, _) => CpuMatrix::Ternary(pack(&matrix)),
         })
     }
 }

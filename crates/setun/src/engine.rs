@@ -209,7 +209,7 @@ impl Engine {
         Session {
             engine: self,
             cache: KvCache::new(config, kv, limit),
-            work: Workspace::new(config),
+            work: Workspace::new(config, self.activations),
             ids: Vec::new(),
             logits: Vec::new(),
             candidates: Vec::new(),

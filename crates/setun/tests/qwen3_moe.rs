@@ -150,7 +150,7 @@ fn a_sequence_gets_the_same_bits_alone_and_in_company() {
                 .zip(lengths)
                 .map(|(cache, n)| Part { cache, tokens: n, length: n })
                 .collect();
-            let (mut work, mut taps) = (Workspace::new(&config), Vec::new());
+            let (mut work, mut taps) = (Workspace::new(&config, activations), Vec::new());
             let mut ops = CpuOps::new(kernels, &pool, &mut work, &mut parts, Some(&mut taps));
             model.hidden(&mut ops, &sequences.concat());
             ops.finish();

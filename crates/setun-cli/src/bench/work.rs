@@ -26,7 +26,7 @@ impl Work {
         let mut work = Self { int8_macs: 0.0, float_flops: 0.0 };
         let mut product = |name: &str, rows: usize, macs: f64| {
             let ternary = c.is_ternary(name) || name == "lm_head" && precision.ternary_head;
-            match ternary && precision.activations == ActivationType::Int8 {
+            match ternary && precision.activations != ActivationType::Float {
                 true => work.int8_macs += rows as f64 * macs,
                 false => work.float_flops += 2.0 * rows as f64 * macs,
             }
@@ -76,7 +76,8 @@ impl Work {
 /// this engine multiplies them in.
 pub fn energy(c: &ModelConfig, kind: Option<Kind>, precision: Precision) -> Estimate {
     let ternary = match precision.activations {
-        ActivationType::Int8 => Arithmetic::TernaryInt8,
+        // The papers give no constants for four bits.
+        ActivationType::Int8 | ActivationType::Int4 => Arithmetic::TernaryInt8,
         ActivationType::Float => Arithmetic::TernaryFp16,
     };
     let (blocks, head) = match kind {

@@ -383,6 +383,9 @@ pub(super) fn numerics(c: &ModelConfig) -> String {
         ActivationType::Int8 => {
             format!("W1.58A8: ternary weights ({stored}), int8 activations per token{spared}")
         }
+        ActivationType::Int4 => {
+            format!("W1.58A4: ternary weights ({stored}), int4 activations per token{spared}")
+        }
         ActivationType::Float => format!("W1.58A16: ternary weights ({stored}), float activations{spared}"),
     }
 }

@@ -77,6 +77,15 @@ impl TrainConfig {
             );
             return Err(TrainError::setting("model.group_size", group, expected));
         }
+        let ternary = model.precision == Precision::Ternary;
+        if let Some(bits) = model.activation_bits.filter(|bits| !ternary || ![4, 8].contains(bits)) {
+            let expected = if ternary { "8 or 4" } else { "absent, unless precision = \"ternary\"" };
+            return Err(TrainError::setting("model.activation_bits", bits, expected));
+        }
+        if model.hadamard && !ternary {
+            let expected = "false, unless precision = \"ternary\"";
+            return Err(TrainError::setting("model.hadamard", true, expected));
+        }
         if self.tokenizer.end_of_text.is_empty() {
             return Err(TrainError::setting("tokenizer.end_of_text", "empty", "the text of a token"));
         }

@@ -105,6 +105,9 @@ fn every_refusal_names_the_field_or_the_line() {
         ("batch", "threads = 0", "`train.threads` is 0"),
         ("batch", "precision = \"float\"", "`precision`"),
         ("heads", "heads = 4\nprecision = \"ternary-weights\"", "`model.sub_norms` is true"),
+        ("heads", "heads = 4\nactivation_bits = 5", "`model.activation_bits` is 5"),
+        ("heads", "heads = 4\nprecision = \"float\"\nactivation_bits = 4", "`model.activation_bits` is 4"),
+        ("heads", "heads = 4\nprecision = \"float\"\nhadamard = true", "`model.hadamard` is true"),
         ("heads", "heads = 4\ngroup_size = 64", "`model.group_size` is 64"),
         (
             "heads",

@@ -7,7 +7,6 @@
 
 use std::sync::Arc;
 
-use setun::config::ActivationType;
 use setun_kernels::gemm::{Into, View, ViewMut, gemm_on};
 use setun_kernels::{Activations, PackedMatrix};
 
@@ -44,9 +43,10 @@ impl Tape<'_> {
         let (tokens, cols) = (self.tokens(), x.width);
         let recipe = on.weights.recipe();
         let ternary = |matrix: ParamId| on.weights.get(matrix).is_some();
-        let rounds = recipe.activations == ActivationType::Int8;
-        let quantised = (rounds && layers.iter().any(|&(matrix, _)| ternary(matrix))).then(|| {
-            let mut activations = Activations::new();
+        let rounding = recipe.activations.rounding();
+        let rounding = rounding.filter(|_| layers.iter().any(|&(matrix, _)| ternary(matrix)));
+        let quantised = rounding.map(|rounding| {
+            let mut activations = Activations::rounded(rounding);
             activations.quantize(on.engine.kernels, &x.value, tokens, cols, Some(&on.engine.pool));
             Arc::new(activations)
         });

@@ -10,10 +10,10 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Activation, ActivationType, Exceptions, Experts, Family, InnerNorms, ModelConfig, Numerics, Pooling,
-    Storage, Ternary, contradictions, known, value_error,
+    Rotation, Storage, Ternary, contradictions, known, value_error,
 };
 use crate::error::ModelError;
-use raw::RawConfig;
+use raw::{RawConfig, RawHadamard};
 
 /// What a family's class in `transformers` fills in for keys that a file leaves out; sizes have no sensible default.
 struct Defaults {
@@ -138,8 +138,8 @@ impl ModelConfig {
                 _ => None,
             },
             numerics: numerics(&raw, family)?,
-            // No safetensors checkpoint that is read declares one; see `ModelConfig::of`.
-            rotation: None,
+            // Rotated weights of others are refused: see `ModelConfig::of`.
+            rotation: rotation(&raw, num_layers)?,
             bos: ids(&raw.bos_token_id, "bos_token_id")?.first().copied(),
             eos: ids(&raw.eos_token_id, "eos_token_id")?,
             pooling: headless(class(&raw)).then_some(Pooling::Unstated),
@@ -200,7 +200,7 @@ impl ModelConfig {
         }
         // Weight-only models have no such section: there is none that readers would not take for W1.58A8.
         if let Numerics::Ternary(ternary) = &self.numerics
-            && ternary.activations == ActivationType::Int8
+            && ternary.activations != ActivationType::Float
         {
             let (class, mode) = match ternary.storage {
                 Storage::Masters => ("autobitlinear", "online"),
@@ -213,6 +213,14 @@ impl ModelConfig {
                 "quant_method": "bitnet", "linear_class": class, "quantization_mode": mode,
                 "modules_to_not_convert": ternary.exceptions.as_ref().map(Exceptions::names),
             });
+            if ternary.activations == ActivationType::Int4 {
+                quantization["activation_bits"] = json!(4);
+            }
+            if let Some(rotation) = &self.rotation {
+                let modules = rotation.modules();
+                quantization["quant_method"] = json!(BITNET_HADAMARD);
+                quantization["hadamard"] = json!({ "block_size": rotation.block(), "modules": modules });
+            }
             if let Some(eps) = self.inner_norm_eps {
                 quantization["use_rms_norm"] = json!(true);
                 quantization["rms_norm_eps"] = json!(shortest(eps));
@@ -358,8 +366,11 @@ fn numerics(raw: &RawConfig, family: Family) -> Result<Numerics, ModelError> {
         };
     };
     match q.quant_method.as_deref() {
-        Some("bitnet") => {}
-        Some(other) => return Err(value_error("quantization_config.quant_method", other, "`bitnet`")),
+        Some("bitnet" | BITNET_HADAMARD) => {}
+        Some(other) => {
+            let expected = format!("`bitnet` or `{BITNET_HADAMARD}`");
+            return Err(value_error("quantization_config.quant_method", other, expected));
+        }
         None => return Err(ModelError::ConfigMissing { field: "quantization_config.quant_method".into() }),
     }
     let storage = match (q.linear_class.as_deref(), q.quantization_mode.as_deref()) {
@@ -379,7 +390,31 @@ fn numerics(raw: &RawConfig, family: Family) -> Result<Numerics, ModelError> {
         }
     };
     let exceptions = q.modules_to_not_convert.clone().map(Exceptions::new).transpose()?;
-    Ok(Numerics::Ternary(Ternary::bitnet(storage, exceptions)))
+    let activations = match q.activation_bits {
+        None | Some(8) => ActivationType::Int8,
+        Some(4) => ActivationType::Int4,
+        Some(other) => return Err(value_error("quantization_config.activation_bits", other, "8 or 4")),
+    };
+    Ok(Numerics::Ternary(Ternary { activations, ..Ternary::bitnet(storage, exceptions) }))
+}
+
+/// BitNets whose inputs are rotated: a method of its own, so that programs that do not rotate refuse it.
+const BITNET_HADAMARD: &str = "bitnet_hadamard";
+
+fn rotation(raw: &RawConfig, layers: usize) -> Result<Option<Rotation>, ModelError> {
+    let Some(q) = &raw.quantization_config else { return Ok(None) };
+    let rotated = q.quant_method.as_deref() == Some(BITNET_HADAMARD);
+    match &q.hadamard {
+        None if rotated => Err(ModelError::ConfigMissing { field: "quantization_config.hadamard".into() }),
+        Some(_) if !rotated => {
+            let expected = format!("absent, unless quant_method is `{BITNET_HADAMARD}`");
+            Err(value_error("quantization_config.hadamard", "present", expected))
+        }
+        None => Ok(None),
+        Some(RawHadamard { block_size, modules }) => {
+            Rotation::of_inputs(layers.min(super::MAX_LAYERS), modules, *block_size).map(Some)
+        }
+    }
 }
 
 fn windows(
@@ -590,5 +625,39 @@ mod tests {
         };
         assert_eq!(q(1e-6).unwrap().inner_norm_eps, Some(1e-6));
         assert!(q(-1.0).unwrap_err().to_string().contains("quantization_config.rms_norm_eps"));
+    }
+
+    #[test]
+    fn four_bits_and_rotated_inputs_are_read_and_written_and_half_of_them_refused() {
+        let q = |more: Value| {
+            let mut q = json!({"quant_method": "bitnet", "linear_class": "autobitlinear"});
+            q.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            read("BitNetForCausalLM", json!({"quantization_config": q, "num_key_value_heads": 2}))
+        };
+        let config = q(json!({"activation_bits": 4})).unwrap();
+        assert_eq!(config.activations(), ActivationType::Int4);
+        assert_eq!(ModelConfig::from_json(&config.to_json()).unwrap(), config);
+        assert!(q(json!({"activation_bits": 5})).unwrap_err().to_string().contains("activation_bits` is 5"));
+        let rotated = |block: usize, modules: &[&str]| {
+            q(
+                json!({"quant_method": "bitnet_hadamard", "hadamard": {"block_size": block, "modules": modules}}),
+            )
+        };
+        let config = rotated(8, &["o_proj", "down_proj"]).unwrap();
+        assert_eq!(ModelConfig::from_json(&config.to_json()).unwrap(), config);
+        let rotation = config.rotation.unwrap();
+        assert_eq!(rotation.of_linear("model.layers.0.mlp.down_proj", 16).unwrap().unwrap().block, 8);
+        assert_eq!(rotation.of_linear("model.layers.0.mlp.up_proj", 16).unwrap(), None);
+        assert!(
+            rotated(12, &["o_proj"])
+                .unwrap_err()
+                .to_string()
+                .contains("`quantization_config.hadamard.block_size` is 12")
+        );
+        assert!(rotated(8, &["q_proj"]).unwrap_err().to_string().contains("`o_proj`, `down_proj` or both"));
+        let error = q(json!({"quant_method": "bitnet_hadamard"})).unwrap_err().to_string();
+        assert!(error.contains("`quantization_config.hadamard`"), "{error}");
+        let error = q(json!({"hadamard": {"block_size": 8, "modules": ["o_proj"]}})).unwrap_err().to_string();
+        assert!(error.contains("unless quant_method is `bitnet_hadamard`"), "{error}");
     }
 }

@@ -312,7 +312,8 @@ impl Facts<'_> {
             ActivationType::Int8 if types.contains("I2_S") || types.contains("_BN") => {
                 (Origin::Assumed, format!("{types} is the type of programs that round activations"))
             }
-            ActivationType::Int8 => {
+            // No GGUF key says so.
+            ActivationType::Int8 | ActivationType::Int4 => {
                 let why = "no key says it; matrices with one scale are what BitNets store, weight-only models have several; \
                            --activations float runs it as W1.58A16";
                 (Origin::Assumed, why.to_owned())

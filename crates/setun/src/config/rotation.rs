@@ -1,4 +1,4 @@
-//! Weights stored in a rotated basis: the `prism.hadamard.*` keys of GGUF files, versions 1 and 2.
+//! Weights stored in a rotated basis: the `prism.hadamard.*` keys of GGUF files, versions 1 and 2, and inputs that BitNet v2 rotates.
 //!
 //! A folded matrix `W'` is `W · diag(s) · H`, block by block of its inputs, with `H` the orthonormal Walsh–Hadamard matrix and
 //! `s` a vector of signs for each input width. So `W x = W' · H (s ⊙ x)`: inputs of folded layers are rotated first, and rows looked
@@ -34,6 +34,9 @@ const LAYERS: [&str; 10] = [
     "attn_gate",
     "ssm_out",
 ];
+
+/// Layers whose inputs BitNet v2 rotates, as folders and as GGUF call them.
+const INPUTS: [(&str, &str); 2] = [("o_proj", "attn_output"), ("down_proj", "ffn_down")];
 
 const KEYS: [&str; 11] = [
     "version",
@@ -101,6 +104,39 @@ impl Rotation {
             ));
         }
         Declaration { file, meta, layers, hybrid: family == Family::Qwen35 }.read().map(Some)
+    }
+
+    /// Inputs of these layers of every block rotated before they are rounded, in blocks of `block` and without signs: BitNet v2
+    /// (<https://arxiv.org/abs/2504.18415>, section 3.1), whose weights are learned in that basis.
+    ///
+    /// # Errors
+    /// For a block that is no power of two, no layers, or others than `o_proj` and `down_proj`.
+    pub fn of_inputs(layers: usize, modules: &[String], block: usize) -> Result<Self, ModelError> {
+        let section = |field: &str| format!("quantization_config.hadamard.{field}");
+        if !block.is_power_of_two() {
+            return Err(value_error(&section("block_size"), block, "a power of two"));
+        }
+        let known = |module: &String| INPUTS.iter().any(|(name, _)| name == module);
+        if modules.is_empty() || !modules.iter().all(known) {
+            let found = format!("[{}]", modules.iter().map(|m| shown(m)).collect::<Vec<_>>().join(", "));
+            return Err(value_error(&section("modules"), found, "`o_proj`, `down_proj` or both"));
+        }
+        let rotated = INPUTS.iter().filter(|(name, _)| modules.iter().any(|module| module == name));
+        let of_block = |n: usize| rotated.clone().map(move |(_, stored)| format!("blk.{n}.{stored}.weight"));
+        Ok(Self {
+            block,
+            signs: None,
+            folded: (0..layers).flat_map(of_block).collect(),
+            latent_embedding: false,
+            tied_output: false,
+            keeps_groups: false,
+        })
+    }
+
+    /// What [`Rotation::of_inputs`] was given.
+    pub(super) fn modules(&self) -> Vec<&'static str> {
+        let rotated = |stored: &str| self.folded.iter().any(|name| name.contains(stored));
+        INPUTS.iter().filter(|(_, stored)| rotated(stored)).map(|(name, _)| *name).collect()
     }
 
     /// The rotation of the input of the linear layer that Hugging Face calls `name`, `cols` wide; `None` if it is not folded.

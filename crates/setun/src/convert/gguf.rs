@@ -67,7 +67,7 @@ fn check_activations(job: &Job, items: &[Item], losses: &mut Vec<String>) -> Res
     let written = items.iter().find(|item| item.spec.name == name);
     let encoding = written.map_or("GGUF", |item| item.spec.encoding.name());
     let advice = match defined {
-        ActivationType::Int8 => "i2_s, or tq1_0 or tq2_0 outside Qwen3",
+        ActivationType::Int8 | ActivationType::Int4 => "i2_s, or tq1_0 or tq2_0 outside Qwen3",
         ActivationType::Float => "q2_0, pq2_0 or ptq1_0, tq1_0 or tq2_0 in Qwen3, or f16",
     };
     job.lose(losses, format!("{defined} activations: readers multiply these layers with {found} ones"), || {

@@ -2,7 +2,7 @@
 
 use setun_kernels::quant::Activations;
 
-use crate::config::{ModelConfig, RopeTable};
+use crate::config::{ActivationType, ModelConfig, RopeTable};
 
 /// Activations `[tokens, width]`.
 #[derive(Debug)]
@@ -50,11 +50,11 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// An empty workspace for models with the position encoding of `config`.
-    pub fn new(config: &ModelConfig) -> Self {
+    /// An empty workspace for models with the position encoding of `config`, whose ternary layers multiply with `activations`.
+    pub fn new(config: &ModelConfig, activations: ActivationType) -> Self {
         Self {
             free: Vec::new(),
-            activations: Activations::new(),
+            activations: Activations::rounded(activations.rounding().unwrap_or_default()),
             quantized: 0,
             int8: false,
             contents: 0,

@@ -94,7 +94,7 @@ fn a_sequence_has_the_same_bits_alone_and_beside_another_in_a_batch() {
     let (kernels, pool) = (Kernels::best(), Pool::new(2));
     let mut source = CpuSource::new(Weights::new(&file, &config), kernels, &pool, ActivationType::Float);
     let model = Model::build(config.clone(), &mut source).unwrap();
-    let mut work = Workspace::new(&config);
+    let mut work = Workspace::new(&config, ActivationType::Float);
     // Bits of two sequences, whose pieces go through the model together.
     let mut run = |passes: &[[&[u32]; 2]]| {
         let mut caches = [0, 1].map(|_| KvCache::new(&config, KvType::F32, 64));

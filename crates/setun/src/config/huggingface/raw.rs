@@ -90,6 +90,17 @@ pub(super) struct RawQuantization {
     pub(super) modules_to_not_convert: Option<Vec<String>>,
     pub(super) use_rms_norm: Option<bool>,
     pub(super) rms_norm_eps: Option<f64>,
+    /// Ours, beside `quant_method` `bitnet`: 8 where it is absent, or 4.
+    pub(super) activation_bits: Option<u64>,
+    /// Ours, with `quant_method` `bitnet_hadamard`.
+    pub(super) hadamard: Option<RawHadamard>,
+}
+
+/// Which inputs are rotated before they are rounded.
+#[derive(Deserialize)]
+pub(super) struct RawHadamard {
+    pub(super) block_size: usize,
+    pub(super) modules: Vec<String>,
 }
 
 /// A size, also where a program wrote it as a float (`2048.0`, `1e4`).
