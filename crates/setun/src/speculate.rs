@@ -90,7 +90,8 @@ impl Drafter for PromptLookup {
 
     fn propose(&mut self, history: &[u32], most: usize, guesses: &mut Vec<u32>) -> Result<(), ModelError> {
         if let Some(from) = self.found {
-            guesses.extend(history[from..].iter().take(most));
+            // Where the match reaches into the last tokens, they repeat themselves.
+            guesses.extend(history[from..].iter().cycle().take(most));
         }
         Ok(())
     }
@@ -352,7 +353,8 @@ mod tests {
     #[test]
     fn a_repetition_continues_into_itself_and_is_surest() {
         let history: Vec<u32> = (0..30).map(|i| i % 3).collect();
-        assert_eq!(guesses(&mut PromptLookup::new(), &history, 7), Some((3, vec![0, 1, 2])));
+        assert_eq!(guesses(&mut PromptLookup::new(), &history, 7), Some((3, vec![0, 1, 2, 0, 1, 2, 0])));
+        assert_eq!(guesses(&mut PromptLookup::new(), &[4, 9, 9, 9], 3), Some((0, vec![9, 9, 9])));
     }
 
     #[test]
