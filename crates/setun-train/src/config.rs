@@ -116,10 +116,24 @@ pub struct DataSection {
     pub valid: Vec<ValidSection>,
     /// Tokens per training sequence.
     pub seq_len: usize,
+    /// What a token sees of the other documents in its sequence: `"stream"` or `"documents"`. Default: stream.
+    #[serde(default)]
+    pub packing: Packing,
     /// Folder for the trained tokenizer and the tokenised text; runs on the same data may share it.
     /// Default: `tokens` in the output folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
+}
+
+/// How documents share a training sequence. Both feed the same tokens in the same order.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Packing {
+    /// Joined by the end-of-text token; what precedes a document in its sequence is seen, and positions run on.
+    #[default]
+    Stream,
+    /// Attention stays within a document, and positions start anew at each.
+    Documents,
 }
 
 /// `[[data.sources]]`: one part of the mixture.

@@ -2,7 +2,8 @@
 //!
 //! Each source's documents are shuffled anew every epoch and joined into one endless stream, the end-of-text token
 //! between them; a sequence continues where the last one of its source stopped, so every token is a target
-//! once per epoch. Which source a sequence comes from is drawn by the mixture's weights.
+//! once per epoch. Which source a sequence comes from is drawn by the mixture's weights. With [`Packing::Documents`] a
+//! batch says where documents start, so that none sees another; the sequences themselves are the same.
 //!
 //! Everything random is a function of the seed and of how much was read, so the state is a few numbers and a
 //! restored [`Batches`] goes on exactly as the saved one would have.
@@ -15,7 +16,7 @@ use serde_json::{Value, json};
 
 pub use held_out::{HeldOut, HeldOutBatch, Score};
 
-use crate::config::TrainConfig;
+use crate::config::{Packing, TrainConfig};
 use crate::error::TrainError;
 use crate::random::{mix, unit};
 use crate::vocabulary::Vocabulary;
@@ -23,12 +24,15 @@ use corpus::Corpus;
 use documents::Documents;
 
 /// Sequences of one length; rows follow each other.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Batch {
     /// What the model sees, `[batch * seq_len]`.
     pub ids: Vec<u32>,
     /// What it is to predict at each place, `[batch * seq_len]`: the next token.
     pub targets: Vec<u32>,
+    /// Where in its sequence each token's document starts, `[batch * seq_len]`, see [`crate::tape::Tape::documents`]; a document
+    /// that goes on from an earlier sequence starts at 0. Empty: documents are not told apart.
+    pub starts: Vec<u32>,
     /// Number of sequences.
     pub batch: usize,
     /// Their length.
@@ -44,6 +48,7 @@ pub struct Batches {
     drawn: u64,
     batch: usize,
     seq_len: usize,
+    packing: Packing,
 }
 
 /// One source of the mixture, as [`Batches::sources`] reports it.
@@ -93,6 +98,7 @@ impl Batches {
             drawn: 0,
             batch: config.train.batch,
             seq_len: config.data.seq_len,
+            packing: config.data.packing,
         })
     }
 
@@ -101,13 +107,14 @@ impl Batches {
         let mut made = Batch {
             ids: Vec::with_capacity(self.batch * self.seq_len),
             targets: Vec::with_capacity(self.batch * self.seq_len),
+            starts: Vec::new(),
             batch: self.batch,
             seq_len: self.seq_len,
         };
         for _ in 0..self.batch {
             let source = self.pick(progress.clamp(0.0, 1.0));
             self.drawn += 1;
-            self.streams[source].sequence(self.seq_len, &mut made);
+            self.streams[source].sequence(self.seq_len, self.packing, &mut made);
         }
         made
     }
@@ -220,8 +227,8 @@ impl Stream {
     }
 
     /// Appends one sequence and its targets.
-    fn sequence(&mut self, length: usize, to: &mut Batch) {
-        let start = to.ids.len();
+    fn sequence(&mut self, length: usize, packing: Packing, to: &mut Batch) {
+        let (start, mut document_start) = (to.ids.len(), 0);
         let mut missing = length;
         while missing > 0 {
             let mut document = self.order[self.place.document] as usize;
@@ -229,8 +236,14 @@ impl Stream {
                 self.next_document();
                 document = self.order[self.place.document] as usize;
             }
+            if self.place.offset == 0 {
+                document_start = length - missing;
+            }
             let count = missing.min(self.corpus.length(document) - self.place.offset);
             self.corpus.copy(document, self.place.offset, count, &mut to.ids);
+            if packing == Packing::Documents {
+                to.starts.extend(std::iter::repeat_n(document_start as u32, count));
+            }
             self.place.offset += count;
             self.read += count;
             missing -= count;

@@ -133,8 +133,11 @@ impl Trainer {
         let data = Batches::new(&config, &vocabulary)?;
         let sets = config.data.valid.iter();
         let held_out = sets
-            .map(|set| HeldOut::load(&set.name, &set.path, &vocabulary, config.data.seq_len))
-            .collect::<Result<_, _>>()?;
+            .map(|set| {
+                let loaded = HeldOut::load(&set.name, &set.path, &vocabulary, config.data.seq_len)?;
+                Ok(loaded.packed(config.data.packing))
+            })
+            .collect::<Result<_, TrainError>>()?;
         let threads = config.train.threads.unwrap_or_else(setun_kernels::threads::physical_cores_allowed);
         let engine = Engine::new(threads);
         let shape = config.model_config(vocabulary.end_of_text())?;
@@ -397,6 +400,7 @@ pub fn head(model: &TrainModel) -> ParamId {
 
 /// Loss of a batch; with a recording tape, its gradient is ready to flow back.
 pub fn forward(model: &TrainModel, tape: &mut Tape, batch: &Batch, weight: f32) -> Loss {
+    tape.documents(&batch.starts);
     let hidden = model.hidden(tape, &batch.ids);
     tape.cross_entropy(&hidden, head(model), &batch.targets, weight)
 }
@@ -418,6 +422,7 @@ fn same_run(saved: &TrainConfig, now: &TrainConfig) -> Result<(), TrainError> {
     };
     section("data.sources", mixture(saved) == mixture(now))?;
     section("data.seq_len", saved.data.seq_len == now.data.seq_len)?;
+    section("data.packing", saved.data.packing == now.data.packing)?;
     section("train.batch", saved.train.batch == now.train.batch)?;
     section("train.accumulation", saved.train.accumulation == now.train.accumulation)?;
     section("train.seed", saved.train.seed == now.train.seed)

@@ -4,6 +4,7 @@ mod common;
 
 use common::{run_config as config, write_corpus};
 use setun_train::checkpoint::Checkpoints;
+use setun_train::config::{Packing, TrainConfig, TrainSection};
 use setun_train::error::TrainError;
 use setun_train::trainer::{Progress, StepReport, Trainer};
 
@@ -39,6 +40,39 @@ fn three_steps_a_stop_and_three_more_have_the_bits_of_six() {
         let rest: Vec<f64> = (0..3).map(|_| second.step().unwrap().loss).collect();
         assert_eq!(rest, losses[3..], "{precision}");
         assert!(bits(&second) == bits(&whole), "{precision}: weights differ");
+    }
+}
+
+#[test]
+fn a_run_on_packed_documents_resumes_to_the_same_bits_and_refuses_the_other_packing() {
+    let folder = tempfile::tempdir().unwrap();
+    write_corpus(folder.path());
+    let of = |out: &str, packing| {
+        let mut config = config(folder.path(), "ternary", out, 6);
+        // Longer than a document, so that sequences hold several.
+        (config.data.packing, config.data.seq_len) = (packing, 60);
+        config
+    };
+    let mut whole = Trainer::new(of("whole", Packing::Documents)).unwrap();
+    whole.run(&mut ()).unwrap();
+    let mut stream = Trainer::new(of("stream", Packing::Stream)).unwrap();
+    stream.run(&mut ()).unwrap();
+    assert!(bits(&whole) != bits(&stream), "packing has no effect");
+    for threads in [1, 3] {
+        let config = TrainConfig {
+            train: TrainSection { threads: Some(threads), ..of("parts", Packing::Documents).train },
+            ..of("parts", Packing::Documents)
+        };
+        let mut first = Trainer::open(config.clone()).unwrap();
+        first.run(&mut StopAfter(3)).unwrap();
+        drop(first);
+        let message = Trainer::resume(of("parts", Packing::Stream)).err().unwrap().to_string();
+        assert!(message.contains("`data.packing`"), "{message}");
+        let mut second = Trainer::resume(config).unwrap();
+        second.run(&mut ()).unwrap();
+        assert!(bits(&second) == bits(&whole), "{threads} threads: weights differ");
+        assert_eq!(second.evaluate_all(None), whole.evaluate_all(None));
+        std::fs::remove_dir_all(folder.path().join("parts")).unwrap();
     }
 }
 

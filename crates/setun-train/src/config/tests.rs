@@ -89,6 +89,7 @@ fn every_refusal_names_the_field_or_the_line() {
         ("heads", "heads = 4\nkv_heads = 3", "`model.kv_heads` is 3"),
         ("vocab_size", "vocab_size = 200", "`model.vocab_size` is 200"),
         ("seq_len", "seq_len = 129", "`data.seq_len` is 129"),
+        ("seq_len", "seq_len = 8\npacking = \"tight\"", "`packing = \"tight\"`"),
         ("sources", "sources = []", "`data.sources` is empty"),
         ("sources", "sources = [{ name = \"a/b\", path = \"c\" }]", "`data.sources.name` is `a/b`"),
         ("sources", "sources = [{ name = \"a\", path = \"held/a.txt\" }]", "`data.valid.path of `stories`"),

@@ -67,8 +67,8 @@ impl Run {
 fn stream(batches: &mut Batches, source: usize, tokens: usize) -> Vec<u32> {
     let mut ids = Vec::new();
     while ids.len() < tokens {
-        let mut made = Batch { ids: Vec::new(), targets: Vec::new(), batch: 1, seq_len: 7 };
-        batches.streams[source].sequence(7, &mut made);
+        let mut made = Batch::default();
+        batches.streams[source].sequence(7, Packing::Stream, &mut made);
         assert_eq!(made.ids[1..], made.targets[..6]);
         ids.extend(made.ids);
     }
@@ -105,12 +105,62 @@ fn targets_are_the_ids_that_follow_also_across_sequences_and_epochs() {
     let total = batches.streams[1].corpus.tokens();
     let (mut ids, mut targets) = (Vec::new(), Vec::new());
     while ids.len() < 3 * total {
-        let mut made = Batch { ids: Vec::new(), targets: Vec::new(), batch: 1, seq_len: 5 };
-        batches.streams[1].sequence(5, &mut made);
+        let mut made = Batch::default();
+        batches.streams[1].sequence(5, Packing::Stream, &mut made);
         ids.extend(made.ids);
         targets.extend(made.targets);
     }
     assert_eq!(ids[1..], targets[..targets.len() - 1]);
+}
+
+#[test]
+fn packed_documents_start_at_their_markers_and_the_tokens_are_those_of_the_stream() {
+    let run = run("");
+    let mut packed = run.config.clone();
+    packed.data.packing = Packing::Documents;
+    let mut packed = Batches::new(&packed, &run.vocabulary).unwrap();
+    let mut stream = run.batches();
+    let marker = run.vocabulary.end_of_text();
+    let mut several = 0;
+    for _ in 0..30 {
+        let (made, same) = (packed.next_batch(0.5), stream.next_batch(0.5));
+        assert_eq!((&made.ids, &made.targets), (&same.ids, &same.targets));
+        assert!(same.starts.is_empty());
+        for (ids, starts) in made.ids.chunks(32).zip(made.starts.chunks_exact(32)) {
+            let expected: Vec<u32> =
+                (0..32).map(|i| ids[..=i].iter().rposition(|&id| id == marker).unwrap_or(0) as u32).collect();
+            assert_eq!(starts, expected);
+            several += usize::from(expected.last() != Some(&0));
+        }
+    }
+    assert!(several > 30, "{several}");
+    assert_eq!(packed.state(), stream.state());
+}
+
+#[test]
+fn packed_held_out_windows_start_documents_at_their_markers() {
+    let run = run("");
+    let texts = documents("dog", 40);
+    for seq_len in [1, 7, 64, 10_000] {
+        let set = HeldOut::new("x", texts.iter().cloned().map(Ok), &run.vocabulary, seq_len).unwrap();
+        let plain: Vec<HeldOutBatch> = set.batches(3, None).collect();
+        let packed: Vec<HeldOutBatch> = set.packed(Packing::Documents).batches(3, None).collect();
+        assert_eq!(plain.len(), packed.len());
+        for (plain, packed) in plain.into_iter().zip(packed) {
+            let length = packed.batch.seq_len;
+            let sequences = packed.batch.ids.chunks(length);
+            let expected: Vec<u32> = sequences
+                .flat_map(|ids| {
+                    let start =
+                        |i: usize| ids[..=i].iter().rposition(|&id| id == run.vocabulary.end_of_text());
+                    (0..length).map(move |i| start(i).unwrap_or(0) as u32)
+                })
+                .collect();
+            assert_eq!(packed.batch.starts, expected);
+            assert_eq!(Batch { starts: Vec::new(), ..packed.batch }, plain.batch);
+            assert_eq!(packed.bytes, plain.bytes);
+        }
+    }
 }
 
 #[test]
