@@ -142,10 +142,13 @@ pub enum Packing {
 pub struct SourceSection {
     /// Its name in messages and cache files.
     pub name: String,
-    /// Files or folders, one or a list: text with `<|endoftext|>` lines between documents, `.jsonl` with a
-    /// `text` field per line, folders of `.txt` files.
+    /// Files or folders, one or a list: text with `<|endoftext|>` lines between documents, `.jsonl` with a field of text per
+    /// line, `.parquet` with a column of text; the first two also as `.gz`, `.zst`, `.xz` or `.bz2`; folders of these.
     #[serde(deserialize_with = "one_or_many")]
     pub path: Vec<PathBuf>,
+    /// The field of JSONL lines, or the column of Parquet files (`a.b` inside a struct), that holds the text. Default: text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text_field: Option<String>,
     /// Share of the training sequences, relative to the other sources, at the start. Default: 1.
     #[serde(default = "one")]
     pub weight: f64,
@@ -163,6 +166,9 @@ pub struct ValidSection {
     /// Files or folders, as in [`SourceSection::path`].
     #[serde(deserialize_with = "one_or_many")]
     pub path: Vec<PathBuf>,
+    /// As in [`SourceSection::text_field`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text_field: Option<String>,
 }
 
 /// `[optimizer]`: AdamW.

@@ -74,7 +74,7 @@ impl Batches {
         let threads = config.train.threads.unwrap_or_else(cores);
         let mut streams = Vec::new();
         for source in &config.data.sources {
-            let files = documents::files(&source.path)?;
+            let files = documents::files(&source.path, source.text_field.as_deref())?;
             let text = documents::fingerprint(&files)?;
             let cache = config.cache().join(format!("{}.tokens", source.name));
             let corpus = Corpus::cached(&cache, Documents::new(files), text, vocabulary, threads)?;

@@ -134,7 +134,7 @@ impl Trainer {
         let sets = config.data.valid.iter();
         let held_out = sets
             .map(|set| {
-                let loaded = HeldOut::load(&set.name, &set.path, &vocabulary, config.data.seq_len)?;
+                let loaded = HeldOut::load(set, &vocabulary, config.data.seq_len)?;
                 Ok(loaded.packed(config.data.packing))
             })
             .collect::<Result<_, TrainError>>()?;

@@ -100,6 +100,7 @@ fn every_refusal_names_the_field_or_the_line() {
         ),
         ("sources", "sources = [{ name = \"a\", path = \"b\", weight_end = 0 }]", "`data.sources.weight`"),
         ("sources", "sources = [{ name = \"a\", path = 3 }]", "a path or a list of paths"),
+        ("sources", "sources = [{ name = \"a\", path = \"b\", text_field = \"\" }]", "text_field of `a`"),
         ("tokens", "", "neither steps nor tokens"),
         ("tokens", "tokens = 1\nsteps = 1", "both steps and tokens"),
         ("batch", "batch = 0", "`train.batch` is 0"),

@@ -9,11 +9,9 @@
 //! With [`Packing::Documents`] a token sees those of its own document only, as in training: the windows and what is scored
 //! stay the same, the context gets shorter.
 
-use std::path::PathBuf;
-
 use super::Batch;
 use super::documents::{self, Documents};
-use crate::config::Packing;
+use crate::config::{Packing, ValidSection};
 use crate::error::TrainError;
 use crate::vocabulary::Vocabulary;
 
@@ -31,23 +29,18 @@ pub struct HeldOut {
 }
 
 impl HeldOut {
-    /// Reads and tokenises a set.
+    /// Reads and tokenises a set, for windows of `seq_len` tokens.
     ///
     /// # Errors
     /// When a file cannot be used, or the set holds no document.
-    pub fn load(
-        name: &str,
-        paths: &[PathBuf],
-        vocabulary: &Vocabulary,
-        seq_len: usize,
-    ) -> Result<Self, TrainError> {
-        let documents = Documents::new(documents::files(paths)?);
-        let set = Self::new(name, documents, vocabulary, seq_len)?;
-        if set.tokens() == 0 {
-            let path = paths.first().cloned().unwrap_or_default();
-            return Err(TrainError::file(&path, format!("held-out set `{name}` holds no document")));
+    pub fn load(set: &ValidSection, vocabulary: &Vocabulary, seq_len: usize) -> Result<Self, TrainError> {
+        let documents = Documents::new(documents::files(&set.path, set.text_field.as_deref())?);
+        let made = Self::new(&set.name, documents, vocabulary, seq_len)?;
+        if made.tokens() == 0 {
+            let path = set.path.first().cloned().unwrap_or_default();
+            return Err(TrainError::file(&path, format!("held-out set `{}` holds no document", set.name)));
         }
-        Ok(set)
+        Ok(made)
     }
 
     /// A set of documents that are in no file. Windows of `seq_len` tokens, at least 1.

@@ -1,6 +1,7 @@
 use std::path::{Path, PathBuf};
 
 use super::*;
+use crate::config::ValidSection;
 
 /// Documents that name themselves: `word` repeated, then the number.
 fn documents(word: &str, count: usize) -> Vec<String> {
@@ -358,6 +359,7 @@ fn empty_text_is_an_error_that_names_the_source() {
     let error = Batches::new(&run.config, &run.vocabulary).unwrap_err();
     assert!(error.to_string().contains("source `dogs` holds no document"));
     let path = run.folder.path().join("dogs.txt");
-    let error = HeldOut::load("dogs", &[path], &run.vocabulary, 8).unwrap_err();
+    let set = ValidSection { name: "dogs".into(), path: vec![path], text_field: None };
+    let error = HeldOut::load(&set, &run.vocabulary, 8).unwrap_err();
     assert!(error.to_string().contains("held-out set `dogs` holds no document"));
 }
