@@ -163,7 +163,7 @@ pub(crate) struct Documents {
 
 enum Reader {
     Lines(lines::Lines),
-    Parquet(parquet::Rows),
+    Parquet(Box<parquet::Rows>),
 }
 
 impl Documents {
@@ -186,7 +186,7 @@ impl Documents {
                     return Ok(None);
                 };
                 self.current = Some(match file.kind {
-                    Kind::Parquet => Reader::Parquet(parquet::Rows::open(file, &self.read)?),
+                    Kind::Parquet => Reader::Parquet(Box::new(parquet::Rows::open(file, &self.read)?)),
                     kind => Reader::Lines(lines::Lines::open(file, kind == Kind::Json, &self.read)?),
                 });
             }

@@ -56,7 +56,6 @@ impl Compression {
                 let decoder = zstd::stream::read::Decoder::with_buffer(file);
                 Box::new(decoder.map_err(|e| TrainError::read(path, e))?)
             }
-            // Its errors of another kind say what they are; this reader's end of input does not.
             Self::Xz => Box::new(lzma_rust2::XzReader::new_mem_limit(file, true, XZ_MEMORY)),
             Self::Bzip2 => Box::new(bzip2::bufread::MultiBzDecoder::new(file)),
         })
