@@ -39,9 +39,9 @@ impl Prepare {
                 let bar = bar.get_or_insert_with(|| {
                     self.busy.finish_and_clear();
                     let bar = progress::bytes().with_elapsed(since.elapsed()).with_position(read);
+                    bar.reset_eta(); // What was read before is no step of the bar's.
                     bar.set_length(total);
                     bar.set_message(format!("tokenising {source}"));
-                    bar.reset_eta(); // What was read before is no step of the bar's.
                     bar
                 });
                 bar.set_position(read);
