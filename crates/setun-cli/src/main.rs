@@ -11,6 +11,7 @@ mod memory;
 mod model;
 mod output;
 mod plot;
+mod prepare;
 mod progress;
 mod pull;
 mod run;

@@ -11,6 +11,7 @@ use setun_train::plot::plot_runs;
 use setun_train::trainer::{Progress, StepReport, Trainer};
 
 use crate::interrupt::Interrupt;
+use crate::prepare::Prepare;
 use crate::{model, output, progress};
 
 /// Train a model as a TOML file says: ternary (BitNet b1.58), or its float twin.
@@ -43,10 +44,9 @@ pub fn train(args: TrainArgs) -> Result<()> {
     for warning in config.warnings() {
         eprintln!("note: {warning}");
     }
-    let busy = progress::spinner();
-    busy.set_message("preparing tokenizer and text");
-    let mut trainer = Trainer::open(config)?;
-    busy.finish_and_clear();
+    let mut prepare = Prepare::new();
+    let mut trainer = Trainer::open_watched(config, &mut |now| prepare.show(now))?;
+    drop(prepare);
     let (begun, total) = (trainer.steps_taken(), trainer.config().total_steps());
     if begun > 0 {
         eprintln!("going on after step {begun} of {total}");

@@ -38,7 +38,8 @@ fn main() {
     let (sequences, seq_len) = (16, 256);
     let tokens = sequences * seq_len;
     let ids: Vec<u32> = (0..=tokens as u32).map(|i| i.wrapping_mul(2_654_435_761) >> 20).collect();
-    let batch = Batch { ids: ids[..tokens].to_vec(), targets: ids[1..].to_vec(), batch: sequences, seq_len };
+    let (ids, targets) = (ids[..tokens].to_vec(), ids[1..].to_vec());
+    let batch = Batch { ids, targets, starts: Vec::new(), batch: sequences, seq_len };
 
     let engine = Engine::new(threads);
     let mut rope = RopeTable::new(&config.rope);

@@ -134,10 +134,24 @@ pub struct DataSection {
     pub valid: Vec<ValidSection>,
     /// Tokens per training sequence.
     pub seq_len: usize,
+    /// What a token sees of the other documents in its sequence: `"stream"` or `"documents"`. Default: stream.
+    #[serde(default)]
+    pub packing: Packing,
     /// Folder for the trained tokenizer and the tokenised text; runs on the same data may share it.
     /// Default: `tokens` in the output folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
+}
+
+/// How documents share a training sequence. Both feed the same tokens in the same order.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Packing {
+    /// Joined by the end-of-text token; what precedes a document in its sequence is seen, and positions run on.
+    #[default]
+    Stream,
+    /// Attention stays within a document, and positions start anew at each.
+    Documents,
 }
 
 /// `[[data.sources]]`: one part of the mixture.
@@ -146,10 +160,13 @@ pub struct DataSection {
 pub struct SourceSection {
     /// Its name in messages and cache files.
     pub name: String,
-    /// Files or folders, one or a list: text with `<|endoftext|>` lines between documents, `.jsonl` with a
-    /// `text` field per line, folders of `.txt` files.
+    /// Files or folders, one or a list: text with `<|endoftext|>` lines between documents, `.jsonl` with a field of text per
+    /// line, `.parquet` with a column of text; the first two also as `.gz`, `.zst`, `.xz` or `.bz2`; folders of these.
     #[serde(deserialize_with = "one_or_many")]
     pub path: Vec<PathBuf>,
+    /// The field of JSONL lines, or the column of Parquet files (`a.b` inside a struct), that holds the text. Default: text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text_field: Option<String>,
     /// Share of the training sequences, relative to the other sources, at the start. Default: 1.
     #[serde(default = "one")]
     pub weight: f64,
@@ -167,6 +184,9 @@ pub struct ValidSection {
     /// Files or folders, as in [`SourceSection::path`].
     #[serde(deserialize_with = "one_or_many")]
     pub path: Vec<PathBuf>,
+    /// As in [`SourceSection::text_field`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text_field: Option<String>,
 }
 
 /// `[optimizer]`: AdamW or Muon, and their schedules.

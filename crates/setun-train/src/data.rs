@@ -2,7 +2,11 @@
 //!
 //! Each source's documents are shuffled anew every epoch and joined into one endless stream, the end-of-text token
 //! between them; a sequence continues where the last one of its source stopped, so every token is a target
-//! once per epoch. Which source a sequence comes from is drawn by the mixture's weights.
+//! once per epoch. Which source a sequence comes from is drawn by the mixture's weights. With [`Packing::Documents`] a
+//! batch says where documents start, so that none sees another; the sequences themselves are the same.
+//!
+//! However much text there is, little of it is in memory: tokens lie in mapped cache files, and beyond a few million
+//! documents the order of an epoch is computed, not listed. Held-out sets are loaded, 12 bytes per token.
 //!
 //! Everything random is a function of the seed and of how much was read, so the state is a few numbers and a
 //! restored [`Batches`] goes on exactly as the saved one would have.
@@ -10,25 +14,32 @@
 pub(crate) mod corpus;
 pub(crate) mod documents;
 mod held_out;
+mod order;
+
+use std::path::Path;
 
 use serde_json::{Value, json};
 
 pub use held_out::{HeldOut, HeldOutBatch, Score};
 
-use crate::config::TrainConfig;
+use crate::config::{Packing, TrainConfig};
 use crate::error::TrainError;
 use crate::random::{mix, unit};
 use crate::vocabulary::Vocabulary;
-use corpus::Corpus;
+use corpus::{CHUNK_BYTES, Corpus, Text};
 use documents::Documents;
+use order::{LISTED, Order};
 
 /// Sequences of one length; rows follow each other.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Batch {
     /// What the model sees, `[batch * seq_len]`.
     pub ids: Vec<u32>,
     /// What it is to predict at each place, `[batch * seq_len]`: the next token.
     pub targets: Vec<u32>,
+    /// Where in its sequence each token's document starts, `[batch * seq_len]`, see [`crate::tape::Tape::documents`]; a document
+    /// that goes on from an earlier sequence starts at 0. Empty: documents are not told apart.
+    pub starts: Vec<u32>,
     /// Number of sequences.
     pub batch: usize,
     /// Their length.
@@ -44,6 +55,37 @@ pub struct Batches {
     drawn: u64,
     batch: usize,
     seq_len: usize,
+    packing: Packing,
+}
+
+/// What happens before the first step, for displays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Preparing<'a> {
+    /// A cache of tokens cannot be used.
+    Remaking {
+        /// Its file.
+        cache: &'a Path,
+        /// Why not.
+        reason: &'a str,
+    },
+    /// Some of a source's text goes through the tokenizer.
+    Tokenizing {
+        /// Name of the source.
+        source: &'a str,
+        /// Bytes of its files read so far.
+        read: u64,
+        /// Bytes of its files.
+        total: u64,
+    },
+    /// A source's tokens are in their cache.
+    Tokenized {
+        /// Name of the source.
+        source: &'a str,
+        /// Its documents.
+        documents: usize,
+        /// Its tokens.
+        tokens: u64,
+    },
 }
 
 /// One source of the mixture, as [`Batches::sources`] reports it.
@@ -65,14 +107,32 @@ impl Batches {
     /// # Errors
     /// When a file cannot be read or written, its text is not usable, or a source holds no document.
     pub fn new(config: &TrainConfig, vocabulary: &Vocabulary) -> Result<Self, TrainError> {
+        Self::watched(config, vocabulary, &mut |_| ())
+    }
+
+    /// [`Batches::new`], telling `watch` how it goes.
+    ///
+    /// # Errors
+    /// Those of [`Batches::new`].
+    pub fn watched(
+        config: &TrainConfig,
+        vocabulary: &Vocabulary,
+        watch: &mut dyn FnMut(Preparing),
+    ) -> Result<Self, TrainError> {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = config.train.threads.unwrap_or_else(cores);
         let mut streams = Vec::new();
         for source in &config.data.sources {
-            let files = documents::files(&source.path)?;
-            let text = documents::fingerprint(&files)?;
+            let files = documents::files(&source.path, source.text_field.as_deref())?;
+            let hash = documents::fingerprint(&files)?;
             let cache = config.cache().join(format!("{}.tokens", source.name));
-            let corpus = Corpus::cached(&cache, Documents::new(files), text, vocabulary, threads)?;
+            let text = Text {
+                source: &source.name,
+                documents: Documents::new(files),
+                hash,
+                chunk_bytes: CHUNK_BYTES,
+            };
+            let corpus = Corpus::cached(&cache, text, vocabulary, threads, watch)?;
             if corpus.documents() == 0 {
                 let path = source.path.first().cloned().unwrap_or_default();
                 let what = format!("source `{}` holds no document", source.name);
@@ -93,6 +153,7 @@ impl Batches {
             drawn: 0,
             batch: config.train.batch,
             seq_len: config.data.seq_len,
+            packing: config.data.packing,
         })
     }
 
@@ -101,13 +162,14 @@ impl Batches {
         let mut made = Batch {
             ids: Vec::with_capacity(self.batch * self.seq_len),
             targets: Vec::with_capacity(self.batch * self.seq_len),
+            starts: Vec::new(),
             batch: self.batch,
             seq_len: self.seq_len,
         };
         for _ in 0..self.batch {
             let source = self.pick(progress.clamp(0.0, 1.0));
             self.drawn += 1;
-            self.streams[source].sequence(self.seq_len, &mut made);
+            self.streams[source].sequence(self.seq_len, self.packing, &mut made);
         }
         made
     }
@@ -181,34 +243,36 @@ struct Stream {
     end_of_text: u32,
     seed: u64,
     /// This epoch's order of the documents.
-    order: Vec<u32>,
+    order: Order,
+    /// Documents up to which an order is listed.
+    listed: usize,
     place: Place,
-    /// Tokens read in this epoch, for reports.
-    read: usize,
 }
 
-/// Where a stream stands: the token `offset` of the document `order[document]`.
+/// Where a stream stands: the token `offset` of the document that the order has at `document`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Place {
     epoch: u64,
     document: usize,
     offset: usize,
+    /// Tokens read in this epoch, for reports.
+    read: usize,
 }
 
 impl Stream {
     fn new(name: &str, corpus: Corpus, weights: [f64; 2], end_of_text: u32, seed: u64) -> Self {
         // Named, so that adding a source leaves the order of the others alone.
         let seed = mix(seed ^ xxhash_rust::xxh3::xxh3_64(name.as_bytes()));
-        let start = Place { epoch: 0, document: 0, offset: 0 };
+        let start = Place { epoch: 0, document: 0, offset: 0, read: 0 };
         let mut made = Self {
             name: name.to_owned(),
             corpus,
             weights,
             end_of_text,
             seed,
-            order: Vec::new(),
+            order: Order::new(0, 0, LISTED),
+            listed: LISTED,
             place: start,
-            read: 0,
         };
         made.order = made.order_of(0);
         made
@@ -220,23 +284,29 @@ impl Stream {
     }
 
     /// Appends one sequence and its targets.
-    fn sequence(&mut self, length: usize, to: &mut Batch) {
-        let start = to.ids.len();
+    fn sequence(&mut self, length: usize, packing: Packing, to: &mut Batch) {
+        let (start, mut document_start) = (to.ids.len(), 0);
         let mut missing = length;
         while missing > 0 {
-            let mut document = self.order[self.place.document] as usize;
+            let mut document = self.order.at(self.place.document);
             if self.place.offset == self.corpus.length(document) {
                 self.next_document();
-                document = self.order[self.place.document] as usize;
+                document = self.order.at(self.place.document);
+            }
+            if self.place.offset == 0 {
+                document_start = length - missing;
             }
             let count = missing.min(self.corpus.length(document) - self.place.offset);
             self.corpus.copy(document, self.place.offset, count, &mut to.ids);
+            if packing == Packing::Documents {
+                to.starts.extend(std::iter::repeat_n(document_start as u32, count));
+            }
             self.place.offset += count;
-            self.read += count;
+            self.place.read += count;
             missing -= count;
         }
         to.targets.extend_from_slice(&to.ids[start + 1..]);
-        let document = self.order[self.place.document] as usize;
+        let document = self.order.at(self.place.document);
         if self.place.offset < self.corpus.length(document) {
             self.corpus.copy(document, self.place.offset, 1, &mut to.targets);
         } else {
@@ -252,7 +322,7 @@ impl Stream {
             self.place.document = 0;
             self.place.epoch += 1;
             self.order = self.order_of(self.place.epoch);
-            self.read = 0;
+            self.place.read = 0;
         }
     }
 
@@ -262,14 +332,30 @@ impl Stream {
             name: self.name.clone(),
             documents: self.corpus.documents(),
             tokens,
-            epochs: self.place.epoch as f64 + self.read as f64 / tokens as f64,
+            epochs: self.place.epoch as f64 + self.place.read as f64 / tokens as f64,
         }
     }
 
     fn state(&self) -> Value {
-        let Place { epoch, document, offset } = self.place;
+        let Place { epoch, document, offset, read } = self.place;
         let text = format!("{:016x}", self.corpus.key);
-        json!({ "name": self.name, "text": text, "epoch": epoch, "document": document, "offset": offset })
+        json!({
+            "name": self.name,
+            "text": text,
+            "order": self.order_name(),
+            "epoch": epoch,
+            "document": document,
+            "offset": offset,
+            "read": read,
+        })
+    }
+
+    /// How documents are shuffled, since a place means nothing in an order of another kind.
+    fn order_name(&self) -> &'static str {
+        match self.order {
+            Order::Listed(_) => "listed",
+            Order::Keyed { .. } => "keyed",
+        }
     }
 
     /// The place that `state` says, if it is one of this text.
@@ -281,38 +367,40 @@ impl Stream {
             );
             return Err(TrainError::Resume { what });
         }
+        // Checkpoints that do not say how listed everything.
+        let (order, here) = (state.get("order").map_or(Some("listed"), Value::as_str), self.order_name());
+        if order != Some(here) {
+            let what = format!(
+                "the checkpoint's documents of source `{}` are in an order of another kind than `{here}`; use the program that wrote it",
+                self.name
+            );
+            return Err(TrainError::Resume { what });
+        }
         let number = |name: &str| state[name].as_u64().ok_or_else(&damaged);
         let index = |name: &str| number(name).map(|n| usize::try_from(n).unwrap_or(usize::MAX));
-        let place = Place { epoch: number("epoch")?, document: index("document")?, offset: index("offset")? };
-        let order = self.order_of(place.epoch);
-        let length = order.get(place.document).map(|&document| self.corpus.length(document as usize));
-        if length.is_none_or(|length| place.offset > length) {
+        let (epoch, document, offset) = (number("epoch")?, index("document")?, index("offset")?);
+        let order = self.order_of(epoch);
+        if document >= order.len() || offset > self.corpus.length(order.at(document)) {
             return Err(damaged());
         }
-        Ok(place)
+        let read = match state.get("read") {
+            Some(_) => index("read")?,
+            None => (0..document).map(|n| self.corpus.length(order.at(n))).sum::<usize>() + offset,
+        };
+        if read > self.corpus.tokens() {
+            return Err(damaged());
+        }
+        Ok(Place { epoch, document, offset, read })
     }
 
-    fn order_of(&self, epoch: u64) -> Vec<u32> {
-        shuffled(self.corpus.documents(), mix(self.seed ^ mix(epoch)))
+    fn order_of(&self, epoch: u64) -> Order {
+        Order::new(self.corpus.documents(), mix(self.seed ^ mix(epoch)), self.listed)
     }
 
     fn go_to(&mut self, place: Place) {
         self.order = self.order_of(place.epoch);
-        let whole = self.order[..place.document].iter().map(|&n| self.corpus.length(n as usize));
-        self.read = whole.sum::<usize>() + place.offset;
         self.place = place;
     }
-}
-
-/// `0..count` in an order that depends on `seed` alone (Fisher and Yates).
-fn shuffled(count: usize, seed: u64) -> Vec<u32> {
-    let mut order: Vec<u32> = (0..count as u32).collect();
-    for n in (1..count).rev() {
-        // The bias of scaling instead of rejecting is below 2⁻³² for 2³² documents.
-        let other = (u128::from(mix(seed.wrapping_add(n as u64))) * (n as u128 + 1)) >> 64;
-        order.swap(n, other as usize);
-    }
-    order
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@
 //! `gemm` crate's inner loops differ between instruction sets).
 
 mod attention;
+mod documents;
 mod elementwise;
 mod embed;
 mod linear;
@@ -24,6 +25,7 @@ use setun::ops::{Attention, DeltaNet, DeltaWeights, Direction, Linear, Ops, Rota
 use crate::engine::{CHUNK, Engine, Floats, add_assign};
 use crate::params::{ParamId, Params};
 use crate::weights::Weights;
+use documents::Documents;
 
 /// The gradient of every parameter, in their order.
 #[derive(Debug, Clone)]
@@ -95,7 +97,7 @@ pub struct Setting<'a> {
     pub rope: &'a RopeTable,
     /// Sequences in the batch.
     pub sequences: usize,
-    /// Tokens in each; positions start at 0.
+    /// Tokens in each; positions start at 0, and anew at every document of [`Tape::documents`].
     pub seq_len: usize,
 }
 
@@ -104,6 +106,7 @@ type Step<'a> = Box<dyn FnOnce(&mut Tape<'a>) + 'a>;
 /// One batch on its way through the model and back.
 pub struct Tape<'a> {
     pub(crate) on: Setting<'a>,
+    documents: Documents,
     /// `None` where nothing is recorded.
     gradients: Option<&'a mut Gradients>,
     steps: Vec<Step<'a>>,
@@ -114,12 +117,37 @@ pub struct Tape<'a> {
 impl<'a> Tape<'a> {
     /// A tape whose backward pass adds to `gradients`.
     pub fn new(on: Setting<'a>, gradients: &'a mut Gradients) -> Self {
-        Self { on, gradients: Some(gradients), steps: Vec::new(), slots: Vec::new() }
+        Self {
+            on,
+            documents: Documents::whole(on.seq_len),
+            gradients: Some(gradients),
+            steps: Vec::new(),
+            slots: Vec::new(),
+        }
     }
 
     /// Only the forward pass: for evaluation.
     pub fn forward_only(on: Setting<'a>) -> Self {
-        Self { on, gradients: None, steps: Vec::new(), slots: Vec::new() }
+        Self {
+            on,
+            documents: Documents::whole(on.seq_len),
+            gradients: None,
+            steps: Vec::new(),
+            slots: Vec::new(),
+        }
+    }
+
+    /// Sequences hold several documents: token `i` of the batch belongs to the one whose first token is number `starts[i]` of its
+    /// sequence. Attention then stays within documents, and positions count from their starts. Empty: every sequence is one document.
+    ///
+    /// Panics unless there is one start per token (or none), each sequence's rise, and each is the start of the token it names. To be called
+    /// before the first operation.
+    pub fn documents(&mut self, starts: &[u32]) {
+        assert!(starts.is_empty() || starts.len() == self.tokens(), "starts of {} tokens", self.tokens());
+        self.documents = match starts {
+            [] => Documents::whole(self.on.seq_len),
+            _ => Documents::new(starts, self.on.seq_len),
+        };
     }
 
     /// Tokens of the batch.

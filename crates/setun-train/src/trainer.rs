@@ -7,7 +7,7 @@ use setun::config::RopeTable;
 
 use crate::checkpoint::{Best, Checkpoint, Checkpoints, FORMAT, State};
 use crate::config::{SourceSection, TrainConfig};
-use crate::data::{Batch, Batches, HeldOut, Score, documents};
+use crate::data::{Batch, Batches, HeldOut, Preparing, Score, documents};
 use crate::engine::Engine;
 use crate::error::TrainError;
 use crate::loss::{IGNORE, Loss};
@@ -86,6 +86,10 @@ impl Trainer {
     /// # Errors
     /// When the settings or the data cannot be used, or the output folder holds checkpoints of an earlier run.
     pub fn new(config: TrainConfig) -> Result<Self, TrainError> {
+        Self::new_watched(config, &mut |_| ())
+    }
+
+    fn new_watched(config: TrainConfig, watch: &mut dyn FnMut(Preparing)) -> Result<Self, TrainError> {
         if let Some(step) = Checkpoints::of(&config.train.out).steps()?.last() {
             let out = config.train.out.display();
             let found = format!("{out}, which holds a checkpoint after step {step}");
@@ -95,7 +99,7 @@ impl Trainer {
                 "an empty folder, unless that run is to be resumed",
             ));
         }
-        Self::start(config, None)
+        Self::start(config, None, watch)
     }
 
     /// Goes on from the newest checkpoint: the next step has the same bits as if the run had never stopped.
@@ -103,6 +107,10 @@ impl Trainer {
     /// # Errors
     /// When there is none, it is damaged, or the settings that steps depend on have changed.
     pub fn resume(config: TrainConfig) -> Result<Self, TrainError> {
+        Self::resume_watched(config, &mut |_| ())
+    }
+
+    fn resume_watched(config: TrainConfig, watch: &mut dyn FnMut(Preparing)) -> Result<Self, TrainError> {
         let checkpoints = Checkpoints::of(&config.train.out);
         let Some(&step) = checkpoints.steps()?.last() else {
             let what = format!("{} holds no checkpoint; start the run anew", config.train.out.display());
@@ -115,7 +123,7 @@ impl Trainer {
             TrainError::Resume { what }
         })?;
         same_run(&checkpoint.state.config, &config)?;
-        Self::start(config, Some(checkpoint))
+        Self::start(config, Some(checkpoint), watch)
     }
 
     /// [`Trainer::resume`] where there is a checkpoint, else [`Trainer::new`].
@@ -123,18 +131,33 @@ impl Trainer {
     /// # Errors
     /// Those of both.
     pub fn open(config: TrainConfig) -> Result<Self, TrainError> {
-        let begun = !Checkpoints::of(&config.train.out).steps()?.is_empty();
-        if begun { Self::resume(config) } else { Self::new(config) }
+        Self::open_watched(config, &mut |_| ())
     }
 
-    fn start(config: TrainConfig, checkpoint: Option<Checkpoint>) -> Result<Self, TrainError> {
+    /// [`Trainer::open`], telling `watch` how the preparation of the data goes.
+    ///
+    /// # Errors
+    /// Those of [`Trainer::open`].
+    pub fn open_watched(config: TrainConfig, watch: &mut dyn FnMut(Preparing)) -> Result<Self, TrainError> {
+        let begun = !Checkpoints::of(&config.train.out).steps()?.is_empty();
+        if begun { Self::resume_watched(config, watch) } else { Self::new_watched(config, watch) }
+    }
+
+    fn start(
+        config: TrainConfig,
+        checkpoint: Option<Checkpoint>,
+        watch: &mut dyn FnMut(Preparing),
+    ) -> Result<Self, TrainError> {
         documents::check_held_out(&config.data)?;
         let vocabulary = Vocabulary::prepare(&config)?;
-        let data = Batches::new(&config, &vocabulary)?;
+        let data = Batches::watched(&config, &vocabulary, watch)?;
         let sets = config.data.valid.iter();
         let held_out = sets
-            .map(|set| HeldOut::load(&set.name, &set.path, &vocabulary, config.data.seq_len))
-            .collect::<Result<_, _>>()?;
+            .map(|set| {
+                let loaded = HeldOut::load(set, &vocabulary, config.data.seq_len)?;
+                Ok(loaded.packed(config.data.packing))
+            })
+            .collect::<Result<_, TrainError>>()?;
         let threads = config.train.threads.unwrap_or_else(setun_kernels::threads::physical_cores_allowed);
         let engine = Engine::new(threads);
         let shape = config.model_config(vocabulary.end_of_text())?;
@@ -403,6 +426,7 @@ pub fn head(model: &TrainModel) -> ParamId {
 
 /// Loss of a batch; with a recording tape, its gradient is ready to flow back.
 pub fn forward(model: &TrainModel, tape: &mut Tape, batch: &Batch, weight: f32) -> Loss {
+    tape.documents(&batch.starts);
     let hidden = model.hidden(tape, &batch.ids);
     tape.cross_entropy(&hidden, head(model), &batch.targets, weight)
 }
@@ -424,6 +448,7 @@ fn same_run(saved: &TrainConfig, now: &TrainConfig) -> Result<(), TrainError> {
     };
     section("data.sources", mixture(saved) == mixture(now))?;
     section("data.seq_len", saved.data.seq_len == now.data.seq_len)?;
+    section("data.packing", saved.data.packing == now.data.packing)?;
     section("train.batch", saved.train.batch == now.train.batch)?;
     let warmup = |c: &TrainConfig| c.train.quantization_warmup_steps;
     section("train.quantization_warmup_steps", warmup(saved) == warmup(now))?;

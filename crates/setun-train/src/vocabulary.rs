@@ -59,8 +59,10 @@ impl Vocabulary {
         let cache = config.cache();
         let entries = config.tokenizer.vocab_size.unwrap_or(config.model.vocab_size);
         let end_of_text = &config.tokenizer.end_of_text;
-        let paths = config.data.sources.iter().flat_map(|s| s.path.clone());
-        let files = documents::files(&paths.collect::<Vec<PathBuf>>())?;
+        let mut files = Vec::new();
+        for source in &config.data.sources {
+            files.extend(documents::files(&source.path, source.text_field.as_deref())?);
+        }
         let key = format!(
             "recipe {RECIPE}, entries {entries}, end {end_of_text}, text {:016x}\n",
             documents::fingerprint(&files)?

@@ -164,6 +164,76 @@ fn attention_has_the_gradient_of_its_formula_with_groups_and_windows() {
     }
 }
 
+/// Where the documents of two sequences start: one of many tokens, some of one, one that is cut.
+fn starts(seq_len: usize) -> Vec<u32> {
+    let first = (0..seq_len as u32).map(|i| if i < 2 { i } else { 2 });
+    let second = (0..seq_len as u32).map(|i| if i < 4 { 0 } else { 4 });
+    first.chain(second).collect()
+}
+
+#[test]
+fn attention_within_documents_has_the_gradient_of_its_formula() {
+    for (heads, kv_heads, window, seq_len) in [(2, 1, None, 7), (2, 2, Some(3), 9), (1, 1, None, 70)] {
+        let shape = Attention { layer: 0, heads, kv_heads, head_dim: 4, scale: 0.7, window };
+        let widths = [heads * 4, kv_heads * 4, kv_heads * 4];
+        check(&format!("attention {shape:?}"), &mut Bench::new(2), [2, seq_len], &widths, |tape, x| {
+            tape.documents(&starts(seq_len));
+            vec![tape.attention(x[0].clone(), x[1].clone(), x[2].clone(), shape)]
+        });
+    }
+}
+
+#[test]
+fn rope_from_the_start_of_each_document_goes_back_by_the_opposite_rotation() {
+    check("rope", &mut Bench::new(2), [2, 6], &[24], |tape, x| {
+        tape.documents(&starts(6));
+        vec![tape.rope(x[0].clone(), 3, 8)]
+    });
+}
+
+#[test]
+fn a_packed_document_has_the_bits_that_it_has_by_itself_forward_and_back() {
+    let shape = |window| Attention { layer: 0, heads: 4, kv_heads: 2, head_dim: 8, scale: 0.4, window };
+    let widths = [32, 16, 16];
+    // Lengths around the size of a block of queries.
+    let lengths = [70, 1, 64, 129, 3];
+    let seq_len: usize = lengths.iter().sum();
+    let ends = lengths.iter().scan(0, |end, n| {
+        *end += n;
+        Some(*end)
+    });
+    let documents: Vec<_> = ends.zip(lengths).map(|(end, n)| end - n..end).collect();
+    let starts: Vec<u32> = documents.iter().flat_map(|d| d.clone().map(|_| d.start as u32)).collect();
+    let inputs: Vec<_> = widths.iter().map(|w| noise(seq_len * w, *w as u32)).collect();
+    let slopes = noise(seq_len * 32, 77);
+    let bench = Bench::new(2);
+    // Output and gradients of the tokens `rows`, as one sequence.
+    let run = |rows: std::ops::Range<usize>, starts: &[u32], window| -> Vec<Vec<u32>> {
+        let mut gradients = bench.gradients();
+        let mut tape = Tape::new(bench.setting(1, rows.len()), &mut gradients);
+        tape.documents(starts);
+        let cut = |all: &[f32], width: usize| all[rows.start * width..rows.end * width].to_vec();
+        let [q, k, v] = std::array::from_fn(|i| tape.input(&cut(&inputs[i], widths[i]), widths[i]));
+        let rotated = [tape.rope(q.clone(), 4, 8), tape.rope(k.clone(), 2, 8)];
+        let [rq, rk] = rotated;
+        let out = tape.attention(rq, rk, v.clone(), shape(window));
+        tape.seed(&out, &cut(&slopes, 32));
+        let out = out.values().to_vec();
+        let found = tape.backward_to([&q, &k, &v]).map(Option::unwrap);
+        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect();
+        std::iter::once(&out).chain(&found).map(|x| bits(x)).collect()
+    };
+    for window in [None, Some(20)] {
+        let packed = run(0..seq_len, &starts, window);
+        for document in &documents {
+            let alone = run(document.clone(), &[], window);
+            for ((packed, alone), width) in packed.iter().zip(&alone).zip([32, 32, 16, 16]) {
+                assert!(packed[document.start * width..document.end * width] == alone[..], "{document:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn gates_have_the_gradients_of_their_formulas() {
     for activation in [Activation::Silu, Activation::Relu2] {

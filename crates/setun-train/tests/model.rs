@@ -56,7 +56,7 @@ fn batch(sequences: usize, seq_len: usize, vocab: u32) -> Batch {
     let ids: Vec<u32> =
         noise(sequences * seq_len + 1, 3).iter().map(|x| ((x + 1.0) / 2.0 * vocab as f32) as u32).collect();
     let targets = ids[1..].to_vec();
-    Batch { ids: ids[..sequences * seq_len].to_vec(), targets, batch: sequences, seq_len }
+    Batch { ids: ids[..sequences * seq_len].to_vec(), targets, starts: Vec::new(), batch: sequences, seq_len }
 }
 
 #[test]
@@ -103,6 +103,62 @@ fn a_step_has_the_same_bits_for_any_number_of_threads() {
             [1, 2, 3].map(|threads| Run::new(tiny(ternary), threads).gradients(&batch(5, 33, 13))).into();
         for other in &gradients[1..] {
             assert!(gradients[0].iter().zip(other.iter()).all(|(a, b)| a == b), "ternary: {ternary}");
+        }
+    }
+}
+
+/// Two sequences of documents of the given lengths.
+fn packed(lengths: &[usize]) -> Batch {
+    let seq_len = lengths.iter().sum();
+    let mut made = batch(2, seq_len, 13);
+    let mut sequence = Vec::new();
+    for &n in lengths {
+        sequence.extend(std::iter::repeat_n(sequence.len() as u32, n));
+    }
+    made.starts = sequence.repeat(2);
+    made
+}
+
+#[test]
+fn packed_documents_have_the_losses_of_documents_alone() {
+    for config in [tiny(true), tiny(false), tiny_qwen3()] {
+        let run = Run::new(config, 2);
+        let packed = packed(&[70, 1, 2, 40]);
+        let mut alone = 0.0;
+        for (sequence, (ids, targets)) in packed.ids.chunks(113).zip(packed.targets.chunks(113)).enumerate() {
+            for document in [0..70, 70..71, 71..73, 73..113] {
+                let (ids, targets) = (ids[document.clone()].to_vec(), targets[document.clone()].to_vec());
+                let seq_len = ids.len();
+                let single = Batch { ids, targets, batch: 1, seq_len, starts: Vec::new() };
+                let loss = run.loss(&single);
+                alone += loss * seq_len as f64;
+                // This document alone counts, so that nothing cancels out.
+                let mut only = packed.clone();
+                let counted = sequence * 113 + document.start..sequence * 113 + document.end;
+                for (i, target) in only.targets.iter_mut().enumerate() {
+                    if !counted.contains(&i) {
+                        *target = setun_train::loss::IGNORE;
+                    }
+                }
+                // Ternary products are exact; the float ones of another number of rows may add in another order.
+                let difference = (run.loss(&only) - loss).abs();
+                assert!(difference < 1e-6 * loss, "{document:?}: {difference:e} of {loss}");
+            }
+        }
+        assert!((run.loss(&packed) * 226.0 - alone).abs() < 1e-6 * alone);
+        let joined = Batch { starts: Vec::new(), ..packed.clone() };
+        assert!((run.loss(&joined) - run.loss(&packed)).abs() > 1e-4, "what precedes a document matters");
+    }
+}
+
+#[test]
+fn a_step_on_packed_documents_has_the_same_bits_for_any_number_of_threads() {
+    for ternary in [true, false] {
+        let batch = packed(&[3, 66, 1, 9]);
+        let of = |threads| Run::new(tiny(ternary), threads).gradients(&batch);
+        let first = of(1);
+        for other in [2, 3].map(of) {
+            assert!(first.iter().zip(other.iter()).all(|(a, b)| a == b), "ternary: {ternary}");
         }
     }
 }

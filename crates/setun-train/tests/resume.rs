@@ -4,7 +4,8 @@ mod common;
 
 use common::{run_config as config, write_corpus};
 use setun_train::checkpoint::Checkpoints;
-use setun_train::config::OptimizerKind;
+
+use setun_train::config::{OptimizerKind, Packing, TrainConfig, TrainSection};
 use setun_train::error::TrainError;
 use setun_train::trainer::{Progress, StepReport, Trainer};
 
@@ -66,6 +67,39 @@ fn a_stop_within_the_growth_of_rounding_and_with_muon_changes_nothing() {
         other.train.quantization_warmup_steps = 4;
         let error = Trainer::resume(other).unwrap_err().to_string();
         assert!(error.contains("`train.quantization_warmup_steps`"), "{error}");
+    }
+}
+
+#[test]
+fn a_run_on_packed_documents_resumes_to_the_same_bits_and_refuses_the_other_packing() {
+    let folder = tempfile::tempdir().unwrap();
+    write_corpus(folder.path());
+    let of = |out: &str, packing| {
+        let mut config = config(folder.path(), "ternary", out, 6);
+        // Longer than a document, so that sequences hold several.
+        (config.data.packing, config.data.seq_len) = (packing, 60);
+        config
+    };
+    let mut whole = Trainer::new(of("whole", Packing::Documents)).unwrap();
+    whole.run(&mut ()).unwrap();
+    let mut stream = Trainer::new(of("stream", Packing::Stream)).unwrap();
+    stream.run(&mut ()).unwrap();
+    assert!(bits(&whole) != bits(&stream), "packing has no effect");
+    for threads in [1, 3] {
+        let config = TrainConfig {
+            train: TrainSection { threads: Some(threads), ..of("parts", Packing::Documents).train },
+            ..of("parts", Packing::Documents)
+        };
+        let mut first = Trainer::open(config.clone()).unwrap();
+        first.run(&mut StopAfter(3)).unwrap();
+        drop(first);
+        let message = Trainer::resume(of("parts", Packing::Stream)).err().unwrap().to_string();
+        assert!(message.contains("`data.packing`"), "{message}");
+        let mut second = Trainer::resume(config).unwrap();
+        second.run(&mut ()).unwrap();
+        assert!(bits(&second) == bits(&whole), "{threads} threads: weights differ");
+        assert_eq!(second.evaluate_all(None), whole.evaluate_all(None));
+        std::fs::remove_dir_all(folder.path().join("parts")).unwrap();
     }
 }
 

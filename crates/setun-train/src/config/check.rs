@@ -150,6 +150,14 @@ impl TrainConfig {
                 return Err(TrainError::setting(field, path.display(), "a file that is not trained on"));
             }
         }
+        let fields = data.sources.iter().map(|s| ("data.sources", &s.name, &s.text_field));
+        let fields = fields.chain(data.valid.iter().map(|s| ("data.valid", &s.name, &s.text_field)));
+        for (list, name, field) in fields {
+            if field.as_ref().is_some_and(String::is_empty) {
+                let field = format!("{list}.text_field of `{name}`");
+                return Err(TrainError::setting(field, "empty", "the name of a field or column, or absent"));
+            }
+        }
         let mut sums = [0.0; 2];
         for source in &data.sources {
             let end = source.weight_end.unwrap_or(source.weight);

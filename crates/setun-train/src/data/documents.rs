@@ -1,42 +1,100 @@
-//! Documents from text on disk, one at a time.
+//! Documents from files, one at a time.
 //!
-//! - `NAME.jsonl`: the string in the `text` field of every line.
+//! - `NAME.jsonl`: the string in one field of every line.
+//! - `NAME.parquet`: the values of one string column, absent ones skipped.
 //! - any other file: UTF-8 text, documents separated by lines that say `<|endoftext|>`.
-//! - a folder: its `.txt` and `.jsonl` files in the order of their names, each as above.
+//! - each but Parquet also compressed, with `.gz`, `.zst`, `.xz` or `.bz2` after its name.
+//! - a folder: its `.txt`, `.jsonl` and `.parquet` files in the order of their names, each as above.
 //!
 //! Documents lose their surrounding white space; empty ones are skipped. The same files give the same
-//! documents in the same order.
+//! documents in the same order. No more than one document, and of Parquet one page, is in memory: text that goes on for
+//! [`LONGEST`] bytes is cut at a line's end, and longer lines and values are refused.
+
+mod compressed;
+mod lines;
+mod parquet;
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::config::DataSection;
 use crate::error::TrainError;
-use crate::vocabulary::END_OF_TEXT;
+use compressed::Compression;
 
-/// The files that `paths` name, folders listed.
-pub(crate) fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>, TrainError> {
+/// Bytes of the longest document.
+pub(crate) const LONGEST: usize = 16 << 20;
+
+/// Where a document's text is found unless a source says otherwise.
+pub(crate) const TEXT_FIELD: &str = "text";
+
+/// One file of a source.
+#[derive(Debug, Clone)]
+pub(crate) struct TextFile {
+    path: PathBuf,
+    kind: Kind,
+    compression: Compression,
+    /// The field or column that holds the text, where there are such.
+    field: Arc<str>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Text,
+    Json,
+    Parquet,
+}
+
+impl TextFile {
+    fn new(path: PathBuf, field: &Arc<str>) -> Result<Self, TrainError> {
+        let (compression, inner) = Compression::of(&path);
+        let kind = if has_extension(&inner, "jsonl") {
+            Kind::Json
+        } else if has_extension(&inner, "parquet") {
+            Kind::Parquet
+        } else {
+            Kind::Text
+        };
+        if let (Kind::Parquet, Some(name)) = (kind, compression.name()) {
+            let what = format!("a Parquet file inside {name} cannot be read in parts; unpack it");
+            return Err(TrainError::file(&path, what));
+        }
+        Ok(Self { path, kind, compression, field: field.clone() })
+    }
+
+    /// What [`fingerprint`] knows of the file besides its bytes. Plain text is 0, and JSONL 1.
+    fn tag(&self) -> u8 {
+        self.kind as u8 + 3 * self.compression as u8
+    }
+}
+
+/// The files that `paths` name, folders listed. `field` is where their documents are found, [`TEXT_FIELD`] if absent.
+pub(crate) fn files(paths: &[PathBuf], field: Option<&str>) -> Result<Vec<TextFile>, TrainError> {
+    let field: Arc<str> = field.unwrap_or(TEXT_FIELD).into();
     let mut found = Vec::new();
     for path in paths {
         let meta = std::fs::metadata(path).map_err(|e| TrainError::read(path, e))?;
         if !meta.is_dir() {
-            found.push(path.clone());
+            found.push(TextFile::new(path.clone(), &field)?);
             continue;
         }
         let entries = std::fs::read_dir(path).map_err(|e| TrainError::read(path, e))?;
         let mut inside = Vec::new();
         for entry in entries {
             let file = entry.map_err(|e| TrainError::read(path, e))?.path();
-            if ["txt", "jsonl"].iter().any(|kind| has_extension(&file, kind)) {
-                inside.push(file);
+            let (_, name) = Compression::of(&file);
+            if ["txt", "jsonl", "parquet"].iter().any(|kind| has_extension(&name, kind)) {
+                inside.push(TextFile::new(file, &field)?);
             }
         }
         if inside.is_empty() {
-            return Err(TrainError::file(path, "the folder holds no .txt and no .jsonl file"));
+            let what = "the folder holds no .txt, .jsonl or .parquet file, compressed or not";
+            return Err(TrainError::file(path, what));
         }
-        inside.sort();
+        inside.sort_by(|a, b| a.path.cmp(&b.path));
         found.append(&mut inside);
     }
     Ok(found)
@@ -47,17 +105,17 @@ pub(crate) fn check_held_out(data: &DataSection) -> Result<(), TrainError> {
     let real = |path: &PathBuf| std::fs::canonicalize(path).map_err(|e| TrainError::read(path, e));
     let mut trained = HashMap::new();
     for source in &data.sources {
-        for file in files(&source.path)? {
-            trained.insert(real(&file)?, &source.name);
+        for file in files(&source.path, None)? {
+            trained.insert(real(&file.path)?, &source.name);
         }
     }
     for set in &data.valid {
-        for file in files(&set.path)? {
-            if let Some(source) = trained.get(&real(&file)?) {
+        for file in files(&set.path, None)? {
+            if let Some(source) = trained.get(&real(&file.path)?) {
                 let field = format!("data.valid.path of `{}`", set.name);
                 let expected =
                     format!("a file that is not trained on, but the source `{source}` reads it too");
-                return Err(TrainError::setting(field, file.display(), expected));
+                return Err(TrainError::setting(field, file.path.display(), expected));
             }
         }
     }
@@ -68,16 +126,16 @@ fn has_extension(path: &Path, extension: &str) -> bool {
     path.extension().is_some_and(|e| e.eq_ignore_ascii_case(extension))
 }
 
-/// A hash of the files' contents and of their boundaries.
-pub(crate) fn fingerprint(files: &[PathBuf]) -> Result<u64, TrainError> {
+/// A hash of the files' contents, of their boundaries and of how they are read.
+pub(crate) fn fingerprint(files: &[TextFile]) -> Result<u64, TrainError> {
     let mut hash = xxhash_rust::xxh3::Xxh3::new();
     let mut buffer = vec![0; 1 << 20];
-    for path in files {
-        let read = |e| TrainError::read(path, e);
-        let mut file = File::open(path).map_err(read)?;
+    for file in files {
+        let read = |e| TrainError::read(&file.path, e);
+        let mut opened = File::open(&file.path).map_err(read)?;
         let mut length = 0u64;
         loop {
-            let n = file.read(&mut buffer).map_err(read)?;
+            let n = opened.read(&mut buffer).map_err(read)?;
             if n == 0 {
                 break;
             }
@@ -85,7 +143,10 @@ pub(crate) fn fingerprint(files: &[PathBuf]) -> Result<u64, TrainError> {
             length += n as u64;
         }
         // A text file and a JSONL file of the same bytes are different documents.
-        hash.update(&[u8::from(has_extension(path, "jsonl"))]);
+        hash.update(&[file.tag()]);
+        if file.kind != Kind::Text && &*file.field != TEXT_FIELD {
+            hash.update(file.field.as_bytes());
+        }
         hash.update(&length.to_le_bytes());
     }
     Ok(hash.digest())
@@ -93,34 +154,47 @@ pub(crate) fn fingerprint(files: &[PathBuf]) -> Result<u64, TrainError> {
 
 /// Iterates over the documents of `files`. After an error it ends.
 pub(crate) struct Documents {
-    files: std::vec::IntoIter<PathBuf>,
+    files: std::vec::IntoIter<TextFile>,
     current: Option<Reader>,
     failed: bool,
+    read: Arc<AtomicU64>,
+    total: u64,
 }
 
-struct Reader {
-    path: PathBuf,
-    lines: BufReader<File>,
-    line: usize,
-    json: bool,
-    buffer: Vec<u8>,
+enum Reader {
+    Lines(lines::Lines),
+    Parquet(Box<parquet::Rows>),
 }
 
 impl Documents {
-    pub(crate) fn new(files: Vec<PathBuf>) -> Self {
-        Self { files: files.into_iter(), current: None, failed: false }
+    pub(crate) fn new(files: Vec<TextFile>) -> Self {
+        // A file that is gone is an error when it is opened.
+        let size = |file: &TextFile| std::fs::metadata(&file.path).map_or(0, |meta| meta.len());
+        let total = files.iter().map(size).sum();
+        Self { files: files.into_iter(), current: None, failed: false, read: Arc::default(), total }
+    }
+
+    /// Bytes read so far, of how many, as they lie on disk.
+    pub(crate) fn progress(&self) -> (u64, u64) {
+        (self.read.load(Ordering::Relaxed).min(self.total), self.total)
     }
 
     fn advance(&mut self) -> Result<Option<String>, TrainError> {
         loop {
             if self.current.is_none() {
-                let Some(path) = self.files.next() else {
+                let Some(file) = self.files.next() else {
                     return Ok(None);
                 };
-                self.current = Some(Reader::open(path)?);
+                self.current = Some(match file.kind {
+                    Kind::Parquet => Reader::Parquet(Box::new(parquet::Rows::open(file, &self.read)?)),
+                    kind => Reader::Lines(lines::Lines::open(file, kind == Kind::Json, &self.read)?),
+                });
             }
-            let reader = self.current.as_mut().expect("set above");
-            match reader.document()? {
+            let found = match self.current.as_mut().expect("set above") {
+                Reader::Lines(lines) => lines.document()?,
+                Reader::Parquet(rows) => rows.document()?,
+            };
+            match found {
                 Some(text) => return Ok(Some(text)),
                 None => self.current = None,
             }
@@ -141,141 +215,10 @@ impl Iterator for Documents {
     }
 }
 
-impl Reader {
-    fn open(path: PathBuf) -> Result<Self, TrainError> {
-        let file = File::open(&path).map_err(|e| TrainError::read(&path, e))?;
-        let json = has_extension(&path, "jsonl");
-        let lines = BufReader::with_capacity(1 << 20, file);
-        Ok(Self { path, lines, line: 0, json, buffer: Vec::new() })
-    }
-
-    /// The next line, without its end; `None` at the end of the file.
-    fn line(&mut self) -> Result<Option<&str>, TrainError> {
-        self.buffer.clear();
-        let read = self.lines.read_until(b'\n', &mut self.buffer);
-        if read.map_err(|e| TrainError::read(&self.path, e))? == 0 {
-            return Ok(None);
-        }
-        self.line += 1;
-        let bytes = if self.line == 1 {
-            self.buffer.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&self.buffer)
-        } else {
-            &self.buffer
-        };
-        let bytes = bytes.strip_suffix(b"\n").unwrap_or(bytes);
-        let bytes = bytes.strip_suffix(b"\r").unwrap_or(bytes);
-        std::str::from_utf8(bytes).map(Some).map_err(|e| {
-            let what = format!("line {} is not UTF-8 from its byte {}", self.line, e.valid_up_to() + 1);
-            TrainError::file(&self.path, what)
-        })
-    }
-
-    fn document(&mut self) -> Result<Option<String>, TrainError> {
-        if self.json {
-            return self.json_document();
-        }
-        let mut text = String::new();
-        while let Some(line) = self.line()? {
-            if line.trim() != END_OF_TEXT {
-                text.push_str(line);
-                text.push('\n');
-            } else if let Some(document) = trimmed(&text) {
-                return Ok(Some(document));
-            } else {
-                text.clear();
-            }
-        }
-        Ok(trimmed(&text))
-    }
-
-    fn json_document(&mut self) -> Result<Option<String>, TrainError> {
-        #[derive(serde::Deserialize)]
-        struct Line {
-            text: String,
-        }
-        while let Some(line) = self.line()? {
-            if line.trim().is_empty() {
-                continue;
-            }
-            let parsed: Result<Line, _> = serde_json::from_str(line);
-            let Line { text } = parsed.map_err(|e| {
-                let what = format!("line {} is not a JSON object with a string `text`: {e}", self.line);
-                TrainError::file(&self.path, what)
-            })?;
-            if let Some(document) = trimmed(&text) {
-                return Ok(Some(document));
-            }
-        }
-        Ok(None)
-    }
-}
-
 fn trimmed(text: &str) -> Option<String> {
     let text = text.trim();
     (!text.is_empty()).then(|| text.to_owned())
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn read(paths: &[PathBuf]) -> Result<Vec<String>, TrainError> {
-        Documents::new(files(paths)?).collect()
-    }
-
-    #[test]
-    fn separator_lines_end_documents_and_empty_ones_are_skipped() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.txt");
-        std::fs::write(
-            &path,
-            "\u{feff}one\r\n\r\ntwo\n<|endoftext|>\n\n<|endoftext|>\r\n three <|endoftext|> here\n",
-        )
-        .unwrap();
-        let found = read(&[path]).unwrap();
-        assert_eq!(found, ["one\n\ntwo", "three <|endoftext|> here"]);
-    }
-
-    #[test]
-    fn json_lines_and_folders_give_documents_in_name_order() {
-        let folder = tempfile::tempdir().unwrap();
-        let at = |name: &str| folder.path().join(name);
-        std::fs::write(at("b.txt"), "second").unwrap();
-        std::fs::write(at("a.jsonl"), "{\"text\": \"fi\\nrst\", \"id\": 1}\n\n").unwrap();
-        std::fs::write(at("ignored.md"), "no").unwrap();
-        assert_eq!(read(&[folder.path().to_owned()]).unwrap(), ["fi\nrst", "second"]);
-    }
-
-    #[test]
-    fn unusable_text_is_an_error_with_its_line_and_ends_the_iteration() {
-        let folder = tempfile::tempdir().unwrap();
-        let at = |name: &str| folder.path().join(name);
-        std::fs::write(at("a.txt"), b"fine\nbad \xff\n").unwrap();
-        std::fs::write(at("b.jsonl"), "{\"words\": 1}\n").unwrap();
-        let error = read(&[at("a.txt")]).unwrap_err().to_string();
-        assert!(error.contains("a.txt: line 2 is not UTF-8 from its byte 5"), "{error}");
-        let error = read(&[at("b.jsonl")]).unwrap_err().to_string();
-        assert!(error.contains("line 1") && error.contains("`text`"), "{error}");
-        let mut documents = Documents::new(vec![at("b.jsonl"), at("a.txt")]);
-        assert!(documents.next().unwrap().is_err());
-        assert!(documents.next().is_none());
-        std::fs::create_dir(at("empty")).unwrap();
-        assert!(read(&[at("empty")]).unwrap_err().to_string().contains("no .txt"));
-        assert!(read(&[at("absent.txt")]).unwrap_err().to_string().contains("absent.txt"));
-    }
-
-    #[test]
-    fn fingerprint_sees_contents_and_file_boundaries() {
-        let folder = tempfile::tempdir().unwrap();
-        let at = |name: &str, text: &str| {
-            let path = folder.path().join(name);
-            std::fs::write(&path, text).unwrap();
-            path
-        };
-        let of = |paths: &[PathBuf]| fingerprint(paths).unwrap();
-        let (ab, c) = (at("1.txt", "ab"), at("2.txt", "c"));
-        let (a, bc) = (at("3.txt", "a"), at("4.txt", "bc"));
-        assert_ne!(of(&[ab.clone(), c.clone()]), of(&[a, bc]));
-        assert_eq!(of(&[ab.clone(), c.clone()]), of(&[ab, c]));
-    }
-}
+mod tests;

@@ -5,11 +5,13 @@
 //! `s[kL+1..(k+1)L+1]`; the last window may be shorter. So every token of every document and its end marker is
 //! scored exactly once, with at most `L` tokens before it. Bits per byte divides by the UTF-8 bytes
 //! of the documents; end markers cost bits and add no bytes, so a tokenizer cannot gain by them.
-
-use std::path::PathBuf;
+//!
+//! With [`Packing::Documents`] a token sees those of its own document only, as in training: the windows and what is scored
+//! stay the same, the context gets shorter.
 
 use super::Batch;
 use super::documents::{self, Documents};
+use crate::config::{Packing, ValidSection};
 use crate::error::TrainError;
 use crate::vocabulary::Vocabulary;
 
@@ -20,27 +22,25 @@ pub struct HeldOut {
     stream: Vec<u32>,
     /// Bytes of text before each position of the stream, so that any run of targets knows its bytes.
     bytes_before: Vec<u64>,
+    /// Where documents start in the stream, rising from 0.
+    starts: Vec<usize>,
+    packing: Packing,
     seq_len: usize,
 }
 
 impl HeldOut {
-    /// Reads and tokenises a set.
+    /// Reads and tokenises a set, for windows of `seq_len` tokens.
     ///
     /// # Errors
     /// When a file cannot be used, or the set holds no document.
-    pub fn load(
-        name: &str,
-        paths: &[PathBuf],
-        vocabulary: &Vocabulary,
-        seq_len: usize,
-    ) -> Result<Self, TrainError> {
-        let documents = Documents::new(documents::files(paths)?);
-        let set = Self::new(name, documents, vocabulary, seq_len)?;
-        if set.tokens() == 0 {
-            let path = paths.first().cloned().unwrap_or_default();
-            return Err(TrainError::file(&path, format!("held-out set `{name}` holds no document")));
+    pub fn load(set: &ValidSection, vocabulary: &Vocabulary, seq_len: usize) -> Result<Self, TrainError> {
+        let documents = Documents::new(documents::files(&set.path, set.text_field.as_deref())?);
+        let made = Self::new(&set.name, documents, vocabulary, seq_len)?;
+        if made.tokens() == 0 {
+            let path = set.path.first().cloned().unwrap_or_default();
+            return Err(TrainError::file(&path, format!("held-out set `{}` holds no document", set.name)));
         }
-        Ok(set)
+        Ok(made)
     }
 
     /// A set of documents that are in no file. Windows of `seq_len` tokens, at least 1.
@@ -56,6 +56,7 @@ impl HeldOut {
         let marker = vocabulary.end_of_text();
         // Position i of `bytes_before` counts the text of the targets before position i: of s[1..i].
         let (mut stream, mut bytes_before, mut total) = (vec![marker], vec![0, 0], 0);
+        let mut starts = vec![0];
         for document in documents {
             let document = document?;
             let (ids, ends) = vocabulary.encode_with_ends(&document)?;
@@ -67,10 +68,29 @@ impl HeldOut {
             }));
             // Text that no token covers (a normaliser may drop some) counts with the end marker.
             total += document.len() as u64;
+            starts.push(stream.len());
             stream.push(marker);
             bytes_before.push(total);
         }
-        Ok(Self { name: name.to_owned(), stream, bytes_before, seq_len: seq_len.max(1) })
+        let (name, seq_len) = (name.to_owned(), seq_len.max(1));
+        Ok(Self { name, stream, bytes_before, starts, packing: Packing::Stream, seq_len })
+    }
+
+    /// The same set with documents told apart or not; at first they are not.
+    pub fn packed(self, packing: Packing) -> Self {
+        Self { packing, ..self }
+    }
+
+    /// Where the documents of the tokens `window` start, counted from its beginning.
+    fn starts_in(&self, window: std::ops::Range<usize>) -> impl Iterator<Item = u32> {
+        let first = self.starts.partition_point(|&start| start <= window.start);
+        let inside = self.starts[first..].iter().copied().take_while(move |&start| start < window.end);
+        let (mut inside, mut start) = (inside.peekable(), window.start);
+        let from = window.start;
+        window.map(move |token| {
+            start = inside.next_if_eq(&token).unwrap_or(start);
+            (start - from) as u32
+        })
     }
 
     /// Its name in metrics.
@@ -97,10 +117,7 @@ impl HeldOut {
         let batch = batch.max(1);
         let mut next = 0;
         std::iter::from_fn(move || {
-            let mut made = HeldOutBatch {
-                batch: Batch { ids: Vec::new(), targets: Vec::new(), batch: 0, seq_len: 0 },
-                bytes: 0,
-            };
+            let mut made = HeldOutBatch { batch: Batch::default(), bytes: 0 };
             while next < wanted && made.batch.batch < batch {
                 // Window ⌊next · windows / wanted⌋: all of them when all are wanted.
                 let start = (next as u128 * windows as u128 / wanted as u128) as usize * self.seq_len;
@@ -112,6 +129,9 @@ impl HeldOut {
                 made.batch.batch += 1;
                 made.batch.ids.extend_from_slice(&self.stream[start..end]);
                 made.batch.targets.extend_from_slice(&self.stream[start + 1..end + 1]);
+                if self.packing == Packing::Documents {
+                    made.batch.starts.extend(self.starts_in(start..end));
+                }
                 made.bytes += self.bytes_before[end + 1] - self.bytes_before[start + 1];
                 next += 1;
             }

@@ -1,6 +1,7 @@
 use std::path::{Path, PathBuf};
 
 use super::*;
+use crate::config::ValidSection;
 
 /// Documents that name themselves: `word` repeated, then the number.
 fn documents(word: &str, count: usize) -> Vec<String> {
@@ -67,8 +68,8 @@ impl Run {
 fn stream(batches: &mut Batches, source: usize, tokens: usize) -> Vec<u32> {
     let mut ids = Vec::new();
     while ids.len() < tokens {
-        let mut made = Batch { ids: Vec::new(), targets: Vec::new(), batch: 1, seq_len: 7 };
-        batches.streams[source].sequence(7, &mut made);
+        let mut made = Batch::default();
+        batches.streams[source].sequence(7, Packing::Stream, &mut made);
         assert_eq!(made.ids[1..], made.targets[..6]);
         ids.extend(made.ids);
     }
@@ -105,12 +106,62 @@ fn targets_are_the_ids_that_follow_also_across_sequences_and_epochs() {
     let total = batches.streams[1].corpus.tokens();
     let (mut ids, mut targets) = (Vec::new(), Vec::new());
     while ids.len() < 3 * total {
-        let mut made = Batch { ids: Vec::new(), targets: Vec::new(), batch: 1, seq_len: 5 };
-        batches.streams[1].sequence(5, &mut made);
+        let mut made = Batch::default();
+        batches.streams[1].sequence(5, Packing::Stream, &mut made);
         ids.extend(made.ids);
         targets.extend(made.targets);
     }
     assert_eq!(ids[1..], targets[..targets.len() - 1]);
+}
+
+#[test]
+fn packed_documents_start_at_their_markers_and_the_tokens_are_those_of_the_stream() {
+    let run = run("");
+    let mut packed = run.config.clone();
+    packed.data.packing = Packing::Documents;
+    let mut packed = Batches::new(&packed, &run.vocabulary).unwrap();
+    let mut stream = run.batches();
+    let marker = run.vocabulary.end_of_text();
+    let mut several = 0;
+    for _ in 0..30 {
+        let (made, same) = (packed.next_batch(0.5), stream.next_batch(0.5));
+        assert_eq!((&made.ids, &made.targets), (&same.ids, &same.targets));
+        assert!(same.starts.is_empty());
+        for (ids, starts) in made.ids.chunks(32).zip(made.starts.chunks_exact(32)) {
+            let expected: Vec<u32> =
+                (0..32).map(|i| ids[..=i].iter().rposition(|&id| id == marker).unwrap_or(0) as u32).collect();
+            assert_eq!(starts, expected);
+            several += usize::from(expected.last() != Some(&0));
+        }
+    }
+    assert!(several > 30, "{several}");
+    assert_eq!(packed.state(), stream.state());
+}
+
+#[test]
+fn packed_held_out_windows_start_documents_at_their_markers() {
+    let run = run("");
+    let texts = documents("dog", 40);
+    for seq_len in [1, 7, 64, 10_000] {
+        let set = HeldOut::new("x", texts.iter().cloned().map(Ok), &run.vocabulary, seq_len).unwrap();
+        let plain: Vec<HeldOutBatch> = set.batches(3, None).collect();
+        let packed: Vec<HeldOutBatch> = set.packed(Packing::Documents).batches(3, None).collect();
+        assert_eq!(plain.len(), packed.len());
+        for (plain, packed) in plain.into_iter().zip(packed) {
+            let length = packed.batch.seq_len;
+            let sequences = packed.batch.ids.chunks(length);
+            let expected: Vec<u32> = sequences
+                .flat_map(|ids| {
+                    let start =
+                        |i: usize| ids[..=i].iter().rposition(|&id| id == run.vocabulary.end_of_text());
+                    (0..length).map(move |i| start(i).unwrap_or(0) as u32)
+                })
+                .collect();
+            assert_eq!(packed.batch.starts, expected);
+            assert_eq!(Batch { starts: Vec::new(), ..packed.batch }, plain.batch);
+            assert_eq!(packed.bytes, plain.bytes);
+        }
+    }
 }
 
 #[test]
@@ -149,12 +200,65 @@ fn a_restored_state_continues_with_the_identical_batches() {
 }
 
 #[test]
+fn an_order_that_is_not_listed_reads_every_document_once_and_resumes_alike() {
+    let run = run("");
+    let computed = || {
+        let mut batches = run.batches();
+        for stream in &mut batches.streams {
+            stream.listed = 0;
+            stream.order = stream.order_of(0);
+            assert_eq!(stream.order.bytes(), 0);
+        }
+        batches
+    };
+    let (mut batches, marker) = (computed(), run.vocabulary.end_of_text());
+    let total = batches.streams[0].corpus.tokens();
+    let ids = stream(&mut batches, 0, 2 * total);
+    for epoch in [&ids[..total], &ids[total..2 * total]] {
+        let parts = epoch[1..].split(|&id| id == marker);
+        let mut texts: Vec<String> = parts.map(|ids| run.vocabulary.decode(ids).unwrap()).collect();
+        let mut expected = documents("cat", 50);
+        texts.sort();
+        expected.sort();
+        assert_eq!(texts, expected);
+    }
+    let mut going = computed();
+    for step in 0..20 {
+        let mut restored = computed();
+        restored.restore(&going.state()).unwrap();
+        assert!(restored.sources().eq(going.sources()), "step {step}");
+        assert_eq!(restored.next_batch(0.3), going.next_batch(0.3), "step {step}");
+    }
+    // A place in an order of one kind means nothing in the other.
+    let error = run.batches().restore(&going.state()).unwrap_err().to_string();
+    assert!(error.contains("another kind than `listed`"), "{error}");
+    let mut old = run.batches().state();
+    old["sources"][0].as_object_mut().unwrap().remove("order");
+    assert!(computed().restore(&old).unwrap_err().to_string().contains("source `cats`"));
+    run.batches().restore(&old).unwrap();
+}
+
+#[test]
+fn a_state_written_before_the_tokens_read_were_kept_gives_the_same_place() {
+    let run = run("");
+    let mut going = run.batches();
+    (0..25).for_each(|_| drop(going.next_batch(0.5)));
+    let mut old = going.state();
+    for source in old["sources"].as_array_mut().unwrap() {
+        source.as_object_mut().unwrap().retain(|name, _| name != "read" && name != "order");
+    }
+    let mut restored = run.batches();
+    restored.restore(&old).unwrap();
+    assert_eq!(restored.state(), going.state());
+}
+
+#[test]
 fn a_state_of_another_run_or_a_damaged_one_is_refused_and_changes_nothing() {
     let run = run("");
     let mut batches = run.batches();
     batches.next_batch(0.0);
     let state = batches.state();
-    let refusals: [(&str, Value, &str); 7] = [
+    let refusals: [(&str, Value, &str); 9] = [
         ("/seed", json!(6), "train.seed = 6"),
         ("/drawn", json!(-1), "damaged"),
         ("/sources", json!([]), "read the sources"),
@@ -162,6 +266,8 @@ fn a_state_of_another_run_or_a_damaged_one_is_refused_and_changes_nothing() {
         ("/sources/1/text", json!("0"), "source `dogs`"),
         ("/sources/1/document", json!(30), "damaged"),
         ("/sources/1/offset", json!(1u64 << 40), "damaged"),
+        ("/sources/1/read", json!(1u64 << 40), "damaged"),
+        ("/sources/1/order", json!("keyed"), "another kind"),
     ];
     for (pointer, value, expected) in refusals {
         let mut changed = state.clone();
@@ -200,18 +306,34 @@ fn a_fresh_cache_is_used_and_a_stale_or_damaged_one_rebuilt() {
     assert_eq!(run.batches().next_batch(0.0), first);
     assert_eq!(stamp(), written, "a fresh cache is not written again");
 
-    // Damage: cut short, a token beyond the vocabulary, another version.
-    for damage in [
-        bytes[..bytes.len() - 2].to_vec(),
-        [&bytes[..bytes.len() - 2], &[0xff, 0xff]].concat(),
-        [&bytes[..8], &[9], &bytes[9..]].concat(),
-        [&bytes[..24], &[0xff; 8], &bytes[32..]].concat(),
-        Vec::new(),
+    let batches_told = || {
+        let mut told = Vec::new();
+        let mut watch = |now: Preparing| {
+            if let Preparing::Remaking { cache, reason } = now {
+                told.push(format!("{}: {reason}", cache.file_name().unwrap().display()));
+            }
+        };
+        let batches = Batches::watched(&run.config, &run.vocabulary, &mut watch).unwrap();
+        (batches, told)
+    };
+    // Damage: cut short, too long, a token beyond the vocabulary, an empty document, another version, too many documents.
+    let (last, end) = (bytes.len() - 8, bytes.len());
+    for (damage, reason) in [
+        (bytes[..end - 2].to_vec(), "cut short"),
+        ([&bytes[..], &[0]].concat(), "cut short or changed"),
+        ([&bytes[..40], &[0xff, 0xff], &bytes[42..]].concat(), "it is damaged"),
+        ([&bytes[..last], &bytes[last - 8..last]].concat(), "it is damaged"),
+        ([&bytes[..8], &[9], &bytes[9..]].concat(), "format 9, this program's is 2"),
+        ([&bytes[..24], &[0xff; 8], &bytes[32..]].concat(), "cut short or changed"),
+        (Vec::new(), "it is no token cache"),
     ] {
         std::fs::write(&cache, damage).unwrap();
-        assert_eq!(run.batches().next_batch(0.0), first);
+        let (mut batches, told) = batches_told();
+        assert_eq!(batches.next_batch(0.0), first);
+        assert!(told.len() == 1 && told[0].contains(reason), "{reason}: {told:?}");
         assert_eq!(std::fs::read(&cache).unwrap(), bytes);
     }
+    assert_eq!(batches_told().1, [""; 0]);
 
     // Other text of the same length, same tokenizer.
     let mut texts = documents("cat", 50);
@@ -308,6 +430,7 @@ fn empty_text_is_an_error_that_names_the_source() {
     let error = Batches::new(&run.config, &run.vocabulary).unwrap_err();
     assert!(error.to_string().contains("source `dogs` holds no document"));
     let path = run.folder.path().join("dogs.txt");
-    let error = HeldOut::load("dogs", &[path], &run.vocabulary, 8).unwrap_err();
+    let set = ValidSection { name: "dogs".into(), path: vec![path], text_field: None };
+    let error = HeldOut::load(&set, &run.vocabulary, 8).unwrap_err();
     assert!(error.to_string().contains("held-out set `dogs` holds no document"));
 }

@@ -1,5 +1,8 @@
 //! Causal attention, block by block of queries, so that no `[T, T]` matrix exists.
 //!
+//! Where a sequence holds several documents ([`Tape::documents`]), none sees another: blocks begin anew at each document and
+//! take its keys alone, so a document costs what it would cost by itself and gets the same bits.
+//!
 //! The forward pass keeps the logarithm of each row's sum of exponentials; the backward pass recomputes the probabilities
 //! from it (Dao et al., "FlashAttention", 2022, <https://arxiv.org/abs/2205.14135>, section 3.1). One thread takes a
 //! whole sequence: its rows are contiguous, and training batches have more sequences than this machine has threads.
@@ -38,20 +41,24 @@ impl Heads {
         (h * self.shape.head_dim, h / group * self.shape.head_dim)
     }
 
-    /// Blocks of queries with the keys that any of them sees.
-    fn blocks(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
-        let (len, window) = (self.seq_len, self.shape.window);
-        (0..len).step_by(QUERIES).map(move |start| {
-            let end = len.min(start + QUERIES);
-            let first = window.map_or(0, |w| (start + 1).saturating_sub(w));
-            (start..end, first..end)
+    /// Blocks of queries of one document each, with the keys that any of them sees.
+    fn blocks(self, documents: &[Range<usize>]) -> impl Iterator<Item = Block> {
+        documents.iter().flat_map(move |document| {
+            document.clone().step_by(QUERIES).map(move |start| {
+                let end = document.end.min(start + QUERIES);
+                let first = self.first_seen(start, document.start);
+                Block { document: document.start, queries: start..end, keys: first..end }
+            })
         })
     }
 
-    /// The keys that query `i` sees, as columns of a block whose first key is `first`.
-    fn seen(&self, i: usize, first: usize) -> Range<usize> {
-        let from = self.shape.window.map_or(0, |w| (i + 1).saturating_sub(w));
-        from - first..i + 1 - first
+    /// The keys that query `i` sees, as columns of its block.
+    fn seen(&self, i: usize, block: &Block) -> Range<usize> {
+        self.first_seen(i, block.document) - block.keys.start..i + 1 - block.keys.start
+    }
+
+    fn first_seen(&self, i: usize, document: usize) -> usize {
+        self.shape.window.map_or(document, |w| (i + 1).saturating_sub(w).max(document))
     }
 
     /// `[rows, head_dim]` of one head.
@@ -70,10 +77,18 @@ impl Heads {
     }
 }
 
+/// Queries of one document, and the keys that any of them sees, as rows of their sequence.
+struct Block {
+    /// Where the document starts.
+    document: usize,
+    queries: Range<usize>,
+    keys: Range<usize>,
+}
+
 impl Tape<'_> {
     /// `softmax(scale · q·kᵀ) · v` within each sequence, see [`setun::ops::Ops::attention`].
     pub(super) fn attend(&mut self, q: Var, k: Var, v: Var, shape: Attention) -> Var {
-        let on = self.on;
+        let (on, documents) = (self.on, self.documents.clone());
         let heads = Heads { shape, seq_len: on.seq_len };
         let (q_len, kv_len) = (on.seq_len * heads.q_width(), on.seq_len * heads.kv_width());
         let mut out = on.engine.scratch(q.value.len());
@@ -82,7 +97,8 @@ impl Tape<'_> {
         on.engine.pool.run_items(items, |i, (out, lse): (&mut [f32], &mut [f32])| {
             let q = &q.value[i * q_len..][..q_len];
             let (k, v) = (&k.value[i * kv_len..][..kv_len], &v.value[i * kv_len..][..kv_len]);
-            forward(heads, on.engine.kernels, q, k, v, out, lse);
+            let documents: Vec<_> = documents.of(i).collect();
+            forward(heads, on.engine.kernels, &documents, [q, k, v], out, lse);
         });
         let out = self.var(out, heads.q_width());
         let (to, result) = (out.id, out.value.clone());
@@ -100,7 +116,9 @@ impl Tape<'_> {
                     out: &result[of(&result, q_len)],
                     lse: &lse[of(&lse, tape.on.seq_len * shape.heads)],
                 };
-                backward(heads, engine.kernels, saved, &grad[of(&grad, q_len)], dq, dk, dv);
+                let grad = &grad[of(&grad, q_len)];
+                let documents: Vec<_> = documents.of(i).collect();
+                backward(heads, engine.kernels, &documents, saved, grad, [dq, dk, dv]);
             });
             let ids = [q.id, k.id, v.id];
             drop((q, k, v));
@@ -116,9 +134,8 @@ impl Tape<'_> {
 fn forward(
     heads: Heads,
     kernels: &setun_kernels::Kernels,
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
+    documents: &[Range<usize>],
+    [q, k, v]: [&[f32]; 3],
     out: &mut [f32],
     lse: &mut [f32],
 ) {
@@ -126,7 +143,8 @@ fn forward(
     let mut scores = vec![0.0; QUERIES * heads.seq_len];
     for (h, lse) in lse.chunks_exact_mut(heads.seq_len).enumerate() {
         let (column, kv_column) = heads.columns(h);
-        for (queries, keys) in heads.blocks() {
+        for block in heads.blocks(documents) {
+            let Block { queries, keys, .. } = &block;
             let (rows, cols) = (queries.len(), keys.len());
             let (key, value) = (
                 heads.view(k, keys.clone(), narrow, kv_column),
@@ -135,14 +153,14 @@ fn forward(
             let query = heads.view(q, queries.clone(), wide, column);
             gemm(ViewMut::new(&mut scores, rows, cols, cols), Into::Set, heads.shape.scale, query, key.t());
             for (i, row) in queries.clone().zip(scores.chunks_exact_mut(cols)) {
-                let seen = heads.seen(i, keys.start);
+                let seen = heads.seen(i, &block);
                 row[..seen.start].fill(0.0);
                 row[seen.end..].fill(0.0);
                 let row = &mut row[seen];
                 let (top, sum) = softmax(kernels, row, 1.0);
                 lse[i] = top + sum.ln();
             }
-            let mixed = heads.view_mut(out, queries, wide, column);
+            let mixed = heads.view_mut(out, block.queries, wide, column);
             gemm(mixed, Into::Set, 1.0, View::new(&scores, rows, cols, cols), value);
         }
     }
@@ -161,11 +179,10 @@ struct Saved<'a> {
 fn backward(
     heads: Heads,
     kernels: &setun_kernels::Kernels,
+    documents: &[Range<usize>],
     saved: Saved,
     grad: &[f32],
-    dq: &mut [f32],
-    dk: &mut [f32],
-    dv: &mut [f32],
+    [dq, dk, dv]: [&mut [f32]; 3],
 ) {
     let (wide, narrow, dim) = (heads.q_width(), heads.kv_width(), heads.shape.head_dim);
     let mut probabilities = vec![0.0; QUERIES * heads.seq_len];
@@ -175,7 +192,8 @@ fn backward(
     for (h, lse) in saved.lse.chunks_exact(heads.seq_len).enumerate() {
         let (column, kv_column) = heads.columns(h);
         let scale = heads.shape.scale;
-        for (queries, keys) in heads.blocks() {
+        for block in heads.blocks(documents) {
+            let Block { queries, keys, .. } = &block;
             let (rows, cols) = (queries.len(), keys.len());
             let key = heads.view(saved.k, keys.clone(), narrow, kv_column);
             let value = heads.view(saved.v, keys.clone(), narrow, kv_column);
@@ -185,7 +203,7 @@ fn backward(
             gemm(ViewMut::new(&mut slopes, rows, cols, cols), Into::Set, 1.0, out, value.t());
             let row_pairs = probabilities.chunks_exact_mut(cols).zip(slopes.chunks_exact_mut(cols));
             for (i, (p, ds)) in queries.clone().zip(row_pairs) {
-                let seen = heads.seen(i, keys.start);
+                let seen = heads.seen(i, &block);
                 for row in [&mut *p, &mut *ds] {
                     row[..seen.start].fill(0.0);
                     row[seen.end..].fill(0.0);
@@ -209,8 +227,8 @@ fn backward(
             }
             let (p, ds) = (View::new(&probabilities, rows, cols, cols), View::new(&slopes, rows, cols, cols));
             gemm(heads.view_mut(dv, keys.clone(), narrow, kv_column), Into::Add, 1.0, p.t(), out);
-            gemm(heads.view_mut(dk, keys, narrow, kv_column), Into::Add, scale, ds.t(), query);
-            gemm(heads.view_mut(dq, queries, wide, column), Into::Set, scale, ds, key);
+            gemm(heads.view_mut(dk, block.keys, narrow, kv_column), Into::Add, scale, ds.t(), query);
+            gemm(heads.view_mut(dq, block.queries, wide, column), Into::Set, scale, ds, key);
         }
     }
 }

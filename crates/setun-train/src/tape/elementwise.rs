@@ -25,13 +25,13 @@ impl Tape<'_> {
     }
 
     fn rotate_rows(&self, x: &mut [f32], heads: usize, head_dim: usize, back: bool) {
-        let on = self.on;
+        let (on, documents) = (self.on, &self.documents);
         let width = heads * head_dim;
         let rows = rows_per_chunk(width);
         on.engine.pool.run_chunks_mut(x, rows * width, |i, x| {
             let mut negated = Vec::new();
             for (row, x) in x.chunks_exact_mut(width).enumerate() {
-                let (cos, sin) = on.rope.at((i * rows + row) % on.seq_len);
+                let (cos, sin) = on.rope.at(documents.position(i * rows + row));
                 if back {
                     negated.clear();
                     negated.extend(sin.iter().map(|s| -s));

@@ -50,6 +50,39 @@ impl FileBytes {
     }
 }
 
+/// A file of any kind, mapped read-only: its pages come as they are touched, and go when memory is short.
+///
+/// Whoever changes the file in place meanwhile changes these bytes: slices into them are checked where they are taken, never once
+/// for all. Cut short meanwhile, it ends the process.
+#[derive(Debug)]
+pub struct MappedFile(FileBytes);
+
+impl MappedFile {
+    /// Maps a file.
+    ///
+    /// # Errors
+    /// [`ModelError::Read`] when it cannot be opened or mapped.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        FileBytes::open(path).map(Self)
+    }
+
+    /// Gives back the pages of a range that will not be read again soon: a hint. What lies outside the file is ignored.
+    pub fn release(&self, range: Range<usize>) {
+        let end = range.end.min(self.len());
+        if range.start < end {
+            self.0.release(range.start..end);
+        }
+    }
+}
+
+impl Deref for MappedFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
 impl Deref for FileBytes {
     type Target = [u8];
 

@@ -24,6 +24,7 @@ pub(crate) use decode::{Sample, Tl};
 pub use decode::{ScaleConvention, hf_packed_to_ternary, mlx_to_ternary};
 pub use encode::{Scaling, encode_floats, encode_hf_packed, encode_ternary};
 pub use llama2c::{Llama2cFacts, Llama2cKind};
+pub use mmap::MappedFile;
 pub use options::{FloatWeights, I2sLayout, OpenOptions, TlTiles, Type42};
 pub use safetensors::SafetensorsWriter;
 pub(crate) use shards::is_shard_name;
