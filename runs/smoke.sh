@@ -9,7 +9,8 @@ started=$SECONDS
 rm -rf out/smoke
 
 "$setun" train runs/smoke.toml
-test -s out/smoke/metrics.jsonl && test -s out/smoke/loss.svg
+test -s out/smoke/metrics.jsonl && test -s out/smoke/layers.jsonl && test -s out/smoke/loss.svg
+python3 runs/read_events.py out/smoke # Skips, aloud, without the package `tensorboard`.
 
 "$setun" convert out/smoke/model out/smoke/model.gguf --to gguf --type i2_s --verify
 "$setun" info out/smoke/model.gguf

@@ -21,6 +21,15 @@ pub fn steps(done: u64, total: u64) -> ProgressBar {
     bar
 }
 
+/// A message of several lines above such a bar.
+pub fn training(done: u64, total: u64) -> ProgressBar {
+    let bar = ProgressBar::new(total).with_position(done);
+    let template = "{msg}\n{wide_bar:.cyan} {pos}/{len} steps [{elapsed} < {eta}]";
+    bar.set_style(ProgressStyle::with_template(template).expect("a valid template"));
+    bar.reset_eta();
+    bar
+}
+
 /// A bar of bytes with rate and time left; the total is set when it is known.
 pub fn bytes() -> ProgressBar {
     let bar = ProgressBar::new(0);

@@ -1,5 +1,7 @@
 //! `setun train`: a training run from its TOML file.
 
+mod live;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -7,9 +9,11 @@ use indicatif::ProgressBar;
 use setun_train::config::TrainConfig;
 use setun_train::data::Score;
 use setun_train::export::{ExportOptions, export};
-use setun_train::plot::plot_runs;
+use setun_train::metrics::Metrics;
+use setun_train::plot::{PlotOptions, plot_runs};
 use setun_train::trainer::{Progress, StepReport, Trainer};
 
+use self::live::Live;
 use crate::interrupt::Interrupt;
 use crate::prepare::Prepare;
 use crate::{model, output, progress};
@@ -17,8 +21,10 @@ use crate::{model, output, progress};
 /// Train a model as a TOML file says: ternary (BitNet b1.58), or its float twin.
 ///
 /// A run that was stopped goes on from its newest checkpoint, to the same bits as if it had never stopped. Ctrl-C
-/// writes a checkpoint first. The output folder then holds `metrics.jsonl`, the loss curve `loss.svg`, checkpoints, and the
-/// trained model in `model/`, which every other command and the transformers library read.
+/// writes a checkpoint first. A loss that rises and stays, or is no number, stops it too, and the message names the last
+/// good checkpoint (`spike_deviations`, `spike_steps` and `spike_window` under `[train]`). The output folder then holds
+/// `metrics.jsonl`, of ternary models every matrix in `layers.jsonl`, the same for TensorBoard, the curves `loss.svg`,
+/// checkpoints, and the trained model in `model/`, which every other command and the transformers library read.
 #[derive(clap::Args)]
 #[command(after_help = "Example: setun train runs/smoke.toml && setun run out/smoke/model -p 'Once'")]
 pub struct TrainArgs {
@@ -52,13 +58,14 @@ pub fn train(args: TrainArgs) -> Result<()> {
         eprintln!("going on after step {begun} of {total}");
     }
     let interrupt = Interrupt::install()?;
-    let bar = progress::steps(begun, total);
+    let bar = progress::training(begun, total);
     interrupt.begin();
-    let mut watch = Watch { bar: &bar, interrupt: &interrupt, last: None };
-    trainer.run(&mut watch)?;
-    let last = watch.last;
+    let mut watch = Watch { bar: &bar, interrupt: &interrupt, live: Live::default(), total };
+    let ran = trainer.run(&mut watch);
+    let last = watch.live.last();
     interrupt.end();
     bar.finish_and_clear();
+    ran?;
     if trainer.steps_taken() < total {
         bail!("stopped after step {} of {total}: the same command goes on from there", trainer.steps_taken());
     }
@@ -71,8 +78,8 @@ pub fn train(args: TrainArgs) -> Result<()> {
     export(&folder, &shape, trainer.params(), trainer.vocabulary(), &options)?;
     let curve = out.join("loss.svg");
     let label = out.file_name().map_or("run".into(), |name| name.to_string_lossy().into_owned());
-    plot_runs(&[(label, out.join("metrics.jsonl"))], &curve)?;
-    eprintln!("model in {}, loss curve in {}", folder.display(), curve.display());
+    plot_runs(&[(label, out.join("metrics.jsonl"))], &PlotOptions::default(), &curve)?;
+    eprintln!("model in {}, curves in {}", folder.display(), curve.display());
     if args.json {
         let scores = trainer.evaluate_all(None);
         let scores: serde_json::Map<_, _> = scores
@@ -94,28 +101,37 @@ pub fn train(args: TrainArgs) -> Result<()> {
     Ok(())
 }
 
-/// Shows a run on stderr: a bar for people, lines for log files.
+/// Shows a run on stderr: a panel for people, lines for log files.
 struct Watch<'a> {
     bar: &'a ProgressBar,
     interrupt: &'a Interrupt,
-    last: Option<StepReport>,
+    live: Live,
+    total: u64,
 }
 
 impl Progress for Watch<'_> {
     fn step(&mut self, report: &StepReport) {
+        self.live.step(report);
         self.bar.set_position(report.step);
-        self.bar.set_message(format!("loss {:.3}, {} tok/s", report.loss, output::rate(report.tokens_per_s)));
-        self.last = Some(*report);
+        self.bar.set_message(self.live.panel());
     }
 
     fn evaluated(&mut self, step: u64, scores: &[(String, Score)]) {
-        let loss = self.last.map_or(f64::NAN, |report| report.loss);
-        let held_out = scores
-            .iter()
-            .map(|(name, s)| format!("{name} {:.4} ({:.3} bits/byte)", s.loss(), s.bits_per_byte()));
-        let held_out: Vec<String> = held_out.collect();
-        self.bar
-            .suspend(|| eprintln!("step {step}: training loss {loss:.3}, held out {}", held_out.join(", ")));
+        self.live.evaluated(step, scores);
+        let loss = self.live.last().map_or(f64::NAN, |report| report.loss);
+        let held_out = live::held_out(scores);
+        // Stays above the panel, so that a long run can be read back.
+        self.bar.suspend(|| eprintln!("step {step}: training loss {loss:.3}, held out {held_out}"));
+    }
+
+    fn logged(&mut self, line: &Metrics) {
+        self.live.logged(line);
+        self.bar.set_message(self.live.panel());
+        if self.bar.is_hidden()
+            && let Some(text) = live::plain(line, self.total)
+        {
+            eprintln!("{text}");
+        }
     }
 
     fn saved(&mut self, folder: &Path) {

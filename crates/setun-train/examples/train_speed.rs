@@ -6,6 +6,7 @@
 use std::time::Instant;
 
 use setun::config::{Activation, ModelConfig, RopeTable, Shape};
+use setun_train::census::Census;
 use setun_train::config::OptimizerSection;
 use setun_train::data::Batch;
 use setun_train::engine::Engine;
@@ -49,6 +50,7 @@ fn main() {
     let mut weights = Weights::new(&engine, &params);
     let mut gradients = Gradients::new(&params);
     let mut optimizer = Optimizer::new(&OptimizerSection::default(), &params);
+    let mut census = Census::new(&params, &weights);
     let mut times = Vec::new();
     for step in 0..steps {
         let mut marks = vec![Instant::now()];
@@ -64,11 +66,13 @@ fn main() {
         marks.push(Instant::now());
         weights.refresh(&engine, &params);
         marks.push(Instant::now());
+        census.look(&params, &weights);
+        marks.push(Instant::now());
         let parts: Vec<String> =
-            marks.windows(2).map(|m| format!("{:.1}", (m[1] - m[0]).as_secs_f64() * 1e3)).collect();
-        let seconds = (marks[4] - marks[0]).as_secs_f64();
+            marks.windows(2).map(|m| format!("{:.2}", (m[1] - m[0]).as_secs_f64() * 1e3)).collect();
+        let seconds = (marks[5] - marks[0]).as_secs_f64();
         eprintln!(
-            "step {step}: loss {:.4}, {:.0} tokens/s; ms forward and head, backward, optimiser, ternarise: {}",
+            "step {step}: loss {:.4}, {:.0} tokens/s; ms forward and head, backward, optimiser, ternarise, census: {}",
             loss.mean(),
             tokens as f64 / seconds,
             parts.join(", ")

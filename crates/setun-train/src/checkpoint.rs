@@ -1,7 +1,8 @@
 //! Everything the next step depends on, in a folder per checkpoint.
 //!
 //! `OUT/checkpoints/step-00000500/` holds `state.safetensors` (`param.NAME`, `adam_m.NAME`, `adam_v.NAME`, with Muon `muon_m.NAME`, all f32) and
-//! `state.json` (step, place in the data, settings). A folder is written under a temporary name, synced and renamed, so one that
+//! `state.json` (step, place in the data, settings). Ternary runs add `codes.safetensors`, the codes that the next line of the
+//! metrics counts flips from. A folder is written under a temporary name, synced and renamed, so one that
 //! has its name is whole. The newest few are kept, and the best on held-out text.
 
 use std::borrow::Cow;
@@ -11,7 +12,9 @@ use std::path::{Path, PathBuf};
 use safetensors::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 
+use crate::census::{Census, read_codes};
 use crate::config::TrainConfig;
+use crate::divergence::Watch;
 use crate::error::TrainError;
 use crate::metrics::Window;
 use crate::optimizer::Optimizer;
@@ -19,6 +22,7 @@ use crate::params::Params;
 
 const TENSORS: &str = "state.safetensors";
 const STATE: &str = "state.json";
+const CODES: &str = "codes.safetensors";
 /// Version of this layout.
 pub(crate) const FORMAT: u32 = 1;
 
@@ -36,6 +40,9 @@ pub struct State {
     /// What the next line of the metrics already averages.
     #[serde(default)]
     pub window: Window,
+    /// The losses that decide whether the next one is high.
+    #[serde(default)]
+    pub watch: Watch,
     /// Place in the training data, as [`crate::data::Batches::state`] gives it.
     pub data: serde_json::Value,
     /// The best held-out measurement so far.
@@ -100,11 +107,13 @@ impl Checkpoints {
         state: &State,
         params: &Params,
         optimizer: &Optimizer,
+        census: &Census,
         keep: usize,
     ) -> Result<PathBuf, TrainError> {
         let target = self.path(state.step);
         let temporary = self.folder.join(format!(".step-{:08}.{}.tmp", state.step, std::process::id()));
         let written = write(&temporary, state, params, optimizer).and_then(|()| {
+            census.write(params, &temporary.join(CODES))?;
             // Only a checkpoint of this very step can be in the way, from a run that was started again.
             if target.exists() {
                 std::fs::remove_dir_all(&target)?;
@@ -181,6 +190,8 @@ pub struct Checkpoint {
     /// All but the tensors.
     pub state: State,
     tensors: HashMap<String, (Vec<usize>, Vec<f32>)>,
+    /// Codes of the ternary matrices at the last line of the metrics, by name.
+    pub(crate) codes: HashMap<String, Vec<u8>>,
 }
 
 impl Checkpoint {
@@ -209,7 +220,13 @@ impl Checkpoint {
             let values = tensor.data().as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x)).collect();
             tensors.insert(name.to_owned(), (tensor.shape().to_vec(), values));
         }
-        Ok(Self { path, state, tensors })
+        let codes = read_codes(&folder.join(CODES))?;
+        Ok(Self { path, state, tensors, codes })
+    }
+
+    /// The file that [`Checkpoint::codes`] come from.
+    pub(crate) fn codes_path(&self) -> PathBuf {
+        self.path.with_file_name(CODES)
     }
 
     /// Takes the tensor `kind.name` out: `kind` is `param`, `adam_m`, `adam_v` or `muon_m`.

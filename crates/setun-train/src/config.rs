@@ -315,6 +315,16 @@ pub struct TrainSection {
     /// Steps between lines of the metrics file. Default: 10.
     #[serde(default = "ten")]
     pub log_every: u64,
+    /// A loss is high when it lies above the median of the last ones by so many robust deviations (of 0.02 nats at least).
+    /// 0: only a loss that is no number stops a run. Default: 8.
+    #[serde(default = "eight")]
+    pub spike_deviations: f64,
+    /// High losses in a row that stop a run as diverged. Default: 50.
+    #[serde(default = "fifty")]
+    pub spike_steps: u64,
+    /// Steps whose losses make the median. Default: 200.
+    #[serde(default = "two_hundred")]
+    pub spike_window: usize,
     /// Output folder: checkpoints, metrics, tokenizer, exported model.
     pub out: PathBuf,
 }
@@ -342,6 +352,15 @@ fn two() -> usize {
 }
 fn ten() -> u64 {
     10
+}
+fn eight() -> f64 {
+    8.0
+}
+fn fifty() -> u64 {
+    50
+}
+fn two_hundred() -> usize {
+    200
 }
 fn sixteen() -> usize {
     16

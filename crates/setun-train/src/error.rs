@@ -59,15 +59,15 @@ pub enum TrainError {
         /// What differs, and what to do.
         what: String,
     },
-    /// The loss or the gradient of a step is not a finite number.
-    #[error(
-        "training diverged at step {step}: the loss is {loss} and the gradient not finite; {way_out}, and a lower learning rate may help"
-    )]
+    /// The loss rose and stayed high, or it or the gradient is no number.
+    #[error("training diverged at step {began}: {what}; {way_out}, and a lower learning rate may help")]
     Diverged {
+        /// Where it began: the first step with a high loss, or with one that is no number.
+        began: u64,
         /// The step that was not taken.
         step: u64,
-        /// Its loss.
-        loss: f64,
+        /// What was seen.
+        what: String,
         /// Where the last good weights are.
         way_out: String,
     },

@@ -9,22 +9,29 @@
 //! | `grad_norm` | global gradient norm before clipping |
 //! | `tokens_per_s` | training speed since the last line |
 //! | `elapsed` | seconds of training, over all sessions of the run |
+//! | `peak_share` | share of the machine's integer and float peak, as [`crate::work`] defines it |
+//! | `flip_rate` | ternary runs: share of the ternary weights whose trit differs from that of the last line |
+//! | `zero_fraction` | share of them that are zero |
+//! | `scale` | mean of their scales |
+//! | `dead_rows` | rows of ternary matrices that hold nothing but zeros |
 //! | `eval_NAME_loss` | held-out cross-entropy of the set NAME, nats per token |
 //! | `eval_NAME_bits_per_byte` | the same in bits per UTF-8 byte of its text |
 //!
-//! Keys other than `step` may be absent. Every line is on its way to the disk before the next step begins.
+//! Keys other than `step` may be absent. Ternary runs write the last four for every matrix into `layers.jsonl`
+//! ([`LayerLine`]) at the same steps. Every line is on its way to the disk before the next step begins.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::census::Layer;
+#[cfg(doc)]
+use crate::census::LayerLine;
 use crate::data::Score;
 use crate::error::TrainError;
+use crate::lines::{self, Line, LineWriter};
 use crate::trainer::StepReport;
-use crate::vocabulary::write_whole;
 
 /// One line.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -49,12 +56,43 @@ pub struct Metrics {
     /// Seconds of training.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub elapsed: Option<f64>,
+    /// Share of the machine's peak.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_share: Option<f64>,
+    /// Share of the ternary weights that changed since the last line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flip_rate: Option<f64>,
+    /// Share of the ternary weights that are zero.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zero_fraction: Option<f64>,
+    /// Mean scale of the ternary weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<f64>,
+    /// Rows of ternary matrices that are all zero.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dead_rows: Option<u64>,
     /// Held-out measures and whatever else a run records, by key.
     #[serde(flatten)]
     pub other: BTreeMap<String, serde_json::Value>,
 }
 
+impl Line for Metrics {
+    const WHAT: &str = "metrics line";
+
+    fn step(&self) -> u64 {
+        self.step
+    }
+}
+
 impl Metrics {
+    /// Adds what is known of all ternary weights together.
+    pub fn add_ternary(&mut self, total: &Layer) {
+        self.flip_rate = Some(total.flip_rate);
+        self.zero_fraction = Some(total.zero_fraction);
+        self.scale = Some(total.scale);
+        self.dead_rows = Some(total.dead_rows);
+    }
+
     /// Adds the loss and the bits per byte of the held-out set `name`.
     pub fn add_eval(&mut self, name: &str, score: &Score) {
         let values = [("loss", score.loss()), ("bits_per_byte", score.bits_per_byte())];
@@ -96,6 +134,11 @@ impl Window {
         self.seconds += tokens as f64 / report.tokens_per_s;
     }
 
+    /// Whether no step was counted since the last line.
+    pub fn is_empty(&self) -> bool {
+        self.steps == 0
+    }
+
     /// The line after the step `report`, with the means of all steps counted, which must be one at least; begins anew.
     pub fn take_line(&mut self, report: &StepReport) -> Metrics {
         let Self { loss, steps, tokens, seconds } = std::mem::take(self);
@@ -113,88 +156,21 @@ impl Window {
 }
 
 /// Appends to a metrics file.
-#[derive(Debug)]
-pub struct MetricsWriter {
-    path: PathBuf,
-    file: File,
-}
+pub type MetricsWriter = LineWriter<Metrics>;
 
-impl MetricsWriter {
-    /// Opens `path` to go on after `step`: later lines, written by a run that was killed after its last checkpoint, are
-    /// dropped, as is a line cut short. `step` 0 begins anew.
-    ///
-    /// # Errors
-    /// When the file cannot be read or written, or holds a line that is no metrics line.
-    pub fn open(path: &Path, step: u64) -> Result<Self, TrainError> {
-        let bytes = match std::fs::read(path) {
-            Ok(bytes) if step > 0 => bytes,
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(TrainError::read(path, e));
-            }
-            _ => Vec::new(),
-        };
-        let mut text = Vec::new();
-        for (line, parsed) in parse(path, &bytes)? {
-            if parsed.step > step {
-                break;
-            }
-            // The bytes as they are: numbers parsed and printed again might differ.
-            text.extend_from_slice(line);
-            text.push(b'\n');
-        }
-        write_whole(path, &text)?;
-        let file = OpenOptions::new().append(true).open(path);
-        let file = file.map_err(|e| TrainError::write(path, e))?;
-        let path = path.to_owned();
-        Ok(Self { path, file })
-    }
-
-    /// Appends a line.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn write(&mut self, line: &Metrics) -> Result<(), TrainError> {
-        let mut text = Vec::new();
-        push_line(&mut text, line);
-        // One write call per line: a reader never sees half of it, and nothing waits in a buffer.
-        let written = self.file.write_all(&text);
-        written.map_err(|e| TrainError::write(&self.path, e))
-    }
-}
-
-fn push_line(text: &mut Vec<u8>, line: &Metrics) {
-    // Numbers, strings and maps with string keys always serialise; JSON has no NaN, so that becomes null.
-    serde_json::to_writer(&mut *text, line).expect("metrics serialise");
-    text.push(b'\n');
-}
-
-/// Reads a metrics file. A last line without its end, left by a killed run, is ignored.
+/// Reads a metrics file; see [`lines::read`].
 ///
 /// # Errors
 /// When the file cannot be read, or with the line that is no metrics line.
 pub fn read(path: &Path) -> Result<Vec<Metrics>, TrainError> {
-    let bytes = std::fs::read(path).map_err(|e| TrainError::read(path, e))?;
-    Ok(parse(path, &bytes)?.into_iter().map(|(_, line)| line).collect())
-}
-
-/// The whole, non-empty lines of a file and what they say.
-fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<Vec<(&'a [u8], Metrics)>, TrainError> {
-    let whole = bytes.iter().rposition(|&b| b == b'\n').map_or(0, |n| n + 1);
-    let lines = bytes[..whole].split(|&b| b == b'\n').enumerate();
-    let lines = lines.filter(|(_, line)| !line.trim_ascii().is_empty());
-    let parsed = lines.map(|(number, line)| match serde_json::from_slice(line) {
-        Ok(parsed) => Ok((line, parsed)),
-        Err(e) => {
-            let what = format!("line {} is no metrics line: {e}", number + 1);
-            Err(TrainError::file(path, what))
-        }
-    });
-    parsed.collect()
+    lines::read(path)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::OpenOptions;
+    use std::io::Write;
 
     fn line(step: u64) -> Metrics {
         let mut line =

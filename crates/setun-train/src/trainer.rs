@@ -5,19 +5,24 @@ use std::time::Instant;
 
 use setun::config::RopeTable;
 
+use crate::census::{Census, LayerLine};
 use crate::checkpoint::{Best, Checkpoint, Checkpoints, FORMAT, State};
 use crate::config::{SourceSection, TrainConfig};
 use crate::data::{Batch, Batches, HeldOut, Preparing, Score, documents};
+use crate::divergence::{Divergence, Watch};
 use crate::engine::Engine;
 use crate::error::TrainError;
+use crate::lines::LineWriter;
 use crate::loss::{IGNORE, Loss};
 use crate::metrics::{Metrics, MetricsWriter, Window};
 use crate::optimizer::Optimizer;
 use crate::params::{self, ParamId, Params, TrainModel};
 use crate::schedule;
 use crate::tape::{Gradients, Setting, Tape};
+use crate::tensorboard::EventWriter;
 use crate::vocabulary::Vocabulary;
 use crate::weights::Weights;
+use crate::work::{Peaks, Work};
 
 /// A run in memory.
 #[derive(Debug)]
@@ -38,8 +43,9 @@ pub struct Trainer {
     tokens: u64,
     elapsed: f64,
     window: Window,
+    watch: Watch,
+    census: Census,
     best: Option<Best>,
-    last_saved: Option<PathBuf>,
 }
 
 /// What one optimiser step did.
@@ -69,6 +75,8 @@ pub trait Progress {
     fn step(&mut self, _report: &StepReport) {}
     /// After a held-out measurement: sets by name.
     fn evaluated(&mut self, _step: u64, _scores: &[(String, Score)]) {}
+    /// After a line was written to the metrics.
+    fn logged(&mut self, _line: &Metrics) {}
     /// After a checkpoint was written.
     fn saved(&mut self, _folder: &std::path::Path) {}
     /// Asked after every step; with `true` the run writes a checkpoint and returns early.
@@ -173,8 +181,9 @@ impl Trainer {
             tokens: 0,
             elapsed: 0.0,
             window: Window::default(),
+            watch: Watch::default(),
+            census: Census::default(),
             best: None,
-            last_saved: None,
             config,
             engine,
             vocabulary,
@@ -184,11 +193,18 @@ impl Trainer {
             params,
             rope,
         };
-        if let Some(checkpoint) = checkpoint {
+        let mut codes = None;
+        if let Some(mut checkpoint) = checkpoint {
+            codes = Some((std::mem::take(&mut checkpoint.codes), checkpoint.codes_path()));
             trainer.restore(checkpoint)?;
         }
         let recipe = trainer.config.recipe(trainer.step);
         trainer.weights = Weights::with(&trainer.engine, &trainer.params, recipe);
+        let (params, weights) = (&trainer.params, &trainer.weights);
+        trainer.census = match codes {
+            Some((codes, path)) => Census::restore(params, weights, codes, &path)?,
+            None => Census::new(params, weights),
+        };
         Ok(trainer)
     }
 
@@ -204,20 +220,19 @@ impl Trainer {
                 }
             }
         }
-        let State { step, tokens, elapsed, window, data, best, .. } = checkpoint.state;
+        let State { step, tokens, elapsed, window, watch, data, best, .. } = checkpoint.state;
         self.data.restore(&data)?;
         self.optimizer.steps = step;
         (self.step, self.tokens, self.elapsed, self.best) = (step, tokens, elapsed, best);
-        self.window = window;
-        self.last_saved = Some(self.checkpoints.path(step));
+        (self.window, self.watch) = (window, watch);
         Ok(())
     }
 
     /// One optimiser step.
     ///
     /// # Errors
-    /// When the loss or the gradient is not a finite number: the weights stay as they were, and the message names the last
-    /// checkpoint.
+    /// When the loss has risen and stayed high, as `train.spike_…` say, or it or the gradient is not a finite number: the
+    /// weights stay as they were, and the message says where it began and names the last checkpoint from before.
     pub fn step(&mut self) -> Result<StepReport, TrainError> {
         let started = Instant::now();
         let total_steps = self.config.total_steps();
@@ -231,13 +246,12 @@ impl Trainer {
             loss += self.pass(batch, 1.0 / counted.max(1) as f32);
         }
         let rates = schedule::rates(&self.config.optimizer, self.step, total_steps);
-        let mean = loss.mean();
-        let grad_norm = match mean.is_finite() {
-            true => self.optimizer.step(&self.engine, &mut self.params, &self.gradients, rates),
-            false => f64::NAN,
-        };
+        let (step, mean) = (self.step + 1, loss.mean());
+        self.watch.look(&self.config.train, step, mean).map_err(|found| self.diverged(found))?;
+        let grad_norm = self.optimizer.step(&self.engine, &mut self.params, &self.gradients, rates);
         if !grad_norm.is_finite() {
-            return Err(self.diverged(mean));
+            let what = format!("the loss is {mean:.3}, but the gradient's norm is {grad_norm}");
+            return Err(self.diverged(self.watch.not_finite(step, what)));
         }
         self.step += 1;
         self.weights.set_strength(self.config.recipe(self.step).strength);
@@ -274,12 +288,21 @@ impl Trainer {
         loss
     }
 
-    fn diverged(&self, loss: f64) -> TrainError {
-        let way_out = match &self.last_saved {
-            Some(folder) => format!("the last good checkpoint is {}", folder.display()),
-            None => "there is no checkpoint yet".to_owned(),
+    /// The error of a step that is not taken.
+    fn diverged(&self, Divergence { began, good_before, what }: Divergence) -> TrainError {
+        let steps = self.checkpoints.steps().unwrap_or_default();
+        let good = steps.iter().rfind(|&&step| step < good_before);
+        let way_out = match good {
+            Some(&step) if steps.last() == Some(&step) => {
+                format!("the last good checkpoint is {}", self.checkpoints.path(step).display())
+            }
+            Some(&step) => {
+                let folder = self.checkpoints.path(step);
+                format!("the last good checkpoint is {}, not the newest", folder.display())
+            }
+            None => "there is no checkpoint from before that".to_owned(),
         };
-        TrainError::Diverged { step: self.step + 1, loss, way_out }
+        TrainError::Diverged { began, step: self.step + 1, what, way_out }
     }
 
     /// Cross-entropy of a held-out set, or of about `limit` tokens taken evenly from it.
@@ -314,17 +337,41 @@ impl Trainer {
         let out = &self.config.train.out;
         std::fs::create_dir_all(out).map_err(|e| TrainError::write(out, e))?;
         let mut metrics = MetricsWriter::open(&out.join("metrics.jsonl"), self.step)?;
+        let layers = || LineWriter::<LayerLine>::open(&out.join("layers.jsonl"), self.step);
+        let mut layers = (!self.census.is_empty()).then(layers).transpose()?;
+        let mut events = EventWriter::open(out, self.step)?;
+        let peaks = Peaks::measure(&self.engine);
         let settings = self.config.train.clone();
         let total = self.config.total_steps();
         let due = |step: u64, every: u64| step == total || (every > 0 && step.is_multiple_of(every));
+        let mut last = None;
+        let mut owed = false;
         while self.step < total {
-            let report = self.step()?;
+            let report = match (self.step(), last) {
+                (Ok(report), _) => report,
+                // What led to a divergence is evidence: the steps since the last line are written too.
+                (Err(error @ TrainError::Diverged { .. }), Some(last)) if !self.window.is_empty() => {
+                    let line = self.take_line(&last, &peaks).0;
+                    metrics.write(&line)?;
+                    events.write(&line)?;
+                    return Err(error);
+                }
+                (Err(error), _) => return Err(error),
+            };
+            last = Some(report);
             self.window.add(&report, self.config.tokens_per_step());
             progress.step(&report);
             let step = report.step;
             let stop = progress.stop();
 
-            let mut line = due(step, settings.log_every).then(|| self.window.take_line(&report));
+            let mut line = None;
+            if due(step, settings.log_every) {
+                let (made, matrices) = self.take_line(&report, &peaks);
+                line = Some(made);
+                if let Some(layers) = &mut layers {
+                    layers.write(&matrices)?;
+                }
+            }
             let mut improved = false;
             if due(step, settings.eval_every) && !self.held_out.is_empty() {
                 let limit = (step < total).then_some(settings.eval_tokens);
@@ -336,9 +383,14 @@ impl Trainer {
             }
             if let Some(line) = line {
                 metrics.write(&line)?;
+                events.write(&line)?;
+                progress.logged(&line);
             }
-            if improved || stop || due(step, settings.checkpoint_every) {
+            // No checkpoint takes the place of a good one while the loss is high; it is made up for when that has passed.
+            owed |= due(step, settings.checkpoint_every);
+            if improved || stop || step == total || (owed && !self.watch.suspects()) {
                 let folder = self.save()?;
+                owed = false;
                 progress.saved(&folder);
             }
             if stop {
@@ -346,6 +398,19 @@ impl Trainer {
             }
         }
         Ok(())
+    }
+
+    /// The line of the metrics after the step `report`, and what is known of every ternary matrix.
+    fn take_line(&mut self, report: &StepReport, peaks: &Peaks) -> (Metrics, LayerLine) {
+        let mut line = self.window.take_line(report);
+        let work = Work::per_token(&self.model, &self.params, &self.weights, self.config.data.seq_len);
+        line.peak_share = line.tokens_per_s.map(|speed| peaks.share(work, speed));
+        let mut layers = Vec::new();
+        if let Some((total, matrices)) = self.census.look(&self.params, &self.weights) {
+            line.add_ternary(&total);
+            layers = matrices;
+        }
+        (line, LayerLine { step: report.step, layers })
     }
 
     /// Whether these scores are the best so far.
@@ -369,12 +434,18 @@ impl Trainer {
             tokens: self.tokens,
             elapsed: self.elapsed,
             window: self.window,
+            watch: self.watch.clone(),
             data: self.data.state(),
             best: self.best,
             config: self.config.clone(),
         };
-        let folder = self.checkpoints.save(&state, &self.params, &self.optimizer, self.config.train.keep)?;
-        self.last_saved = Some(folder.clone());
+        let folder = self.checkpoints.save(
+            &state,
+            &self.params,
+            &self.optimizer,
+            &self.census,
+            self.config.train.keep,
+        )?;
         Ok(folder)
     }
 

@@ -235,6 +235,16 @@ impl TrainConfig {
         if t.log_every == 0 {
             return Err(TrainError::setting("train.log_every", 0, "at least 1"));
         }
+        if !(t.spike_deviations.is_finite() && t.spike_deviations >= 0.0) {
+            let expected = "a number from 0 (no limit) up";
+            return Err(TrainError::setting("train.spike_deviations", t.spike_deviations, expected));
+        }
+        if t.spike_steps == 0 {
+            return Err(TrainError::setting("train.spike_steps", 0, "at least 1"));
+        }
+        if !(8..=10_000).contains(&t.spike_window) {
+            return Err(TrainError::setting("train.spike_window", t.spike_window, "from 8 to 10000"));
+        }
         if t.eval_tokens == 0 {
             return Err(TrainError::setting("train.eval_tokens", 0, "at least 1"));
         }
