@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use indicatif::ProgressBar;
+use indicatif::{ProgressBar, ProgressDrawTarget};
 use setun_train::data::Preparing;
 
 use crate::progress;
@@ -12,8 +12,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 pub struct Prepare {
     busy: ProgressBar,
-    /// The source being tokenised, since when, and its bar.
-    source: Option<(String, Instant, Option<ProgressBar>)>,
+    /// The source being tokenised, since when, and its bar, which is hidden at first.
+    source: Option<(String, Instant, ProgressBar)>,
 }
 
 impl Prepare {
@@ -30,27 +30,24 @@ impl Prepare {
             }
             Preparing::Tokenizing { source, read, total } => {
                 if self.source.as_ref().is_none_or(|(name, ..)| name != source) {
-                    self.source = Some((source.to_owned(), Instant::now(), None));
-                }
-                let Some((_, since, bar)) = &mut self.source else { return };
-                if since.elapsed() < PATIENCE {
-                    return;
-                }
-                let bar = bar.get_or_insert_with(|| {
-                    self.busy.finish_and_clear();
-                    let bar = progress::bytes().with_elapsed(since.elapsed()).with_position(read);
-                    bar.reset_eta(); // What was read before is no step of the bar's.
-                    bar.set_length(total);
+                    let bar = progress::bytes();
+                    bar.set_draw_target(ProgressDrawTarget::hidden());
                     bar.set_message(format!("tokenising {source}"));
-                    bar
-                });
+                    self.source = Some((source.to_owned(), Instant::now(), bar));
+                }
+                let Some((_, since, bar)) = &self.source else { return };
+                bar.set_length(total);
                 bar.set_position(read);
+                if since.elapsed() >= PATIENCE && !self.busy.is_finished() {
+                    self.busy.finish_and_clear();
+                }
+                if since.elapsed() >= PATIENCE && bar.is_hidden() {
+                    bar.set_draw_target(ProgressDrawTarget::stderr());
+                }
             }
             Preparing::Tokenized { source, documents, tokens } => {
                 let Some((_, since, bar)) = self.source.take() else { return };
-                if let Some(bar) = bar {
-                    bar.finish_and_clear();
-                }
+                bar.finish_and_clear();
                 if since.elapsed() >= PATIENCE {
                     let seconds = since.elapsed().as_secs_f64();
                     eprintln!("tokenised {source}: {documents} documents, {tokens} tokens in {seconds:.1} s");
