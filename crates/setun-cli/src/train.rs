@@ -94,10 +94,10 @@ pub fn train(args: TrainArgs) -> Result<()> {
 }
 
 /// Shows a run on stderr: a bar for people, lines for log files.
-struct Watch<'a> {
-    bar: &'a ProgressBar,
-    interrupt: &'a Interrupt,
-    last: Option<StepReport>,
+pub struct Watch<'a> {
+    pub bar: &'a ProgressBar,
+    pub interrupt: &'a Interrupt,
+    pub last: Option<StepReport>,
 }
 
 impl Progress for Watch<'_> {

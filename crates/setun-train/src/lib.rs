@@ -14,6 +14,8 @@ pub mod data;
 pub mod engine;
 pub mod error;
 pub mod export;
+pub mod feed;
+pub mod finetune;
 pub mod loss;
 pub mod metrics;
 pub mod optimizer;

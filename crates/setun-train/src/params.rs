@@ -142,6 +142,17 @@ pub fn load<F>(config: ModelConfig, tensor: F) -> Result<(TrainModel, Params), M
 where
     F: FnMut(&str, usize, usize, Kind) -> Result<Vec<f32>, ModelError>,
 {
+    check_trainable(&config)?;
+    let mut source = From { params: Params::default(), tensor };
+    let model = Model::build(config, &mut source)?;
+    Ok((model, source.params))
+}
+
+/// Refuses a model with layers that are run but have no backward pass.
+///
+/// # Errors
+/// Naming the configuration's field.
+pub fn check_trainable(config: &ModelConfig) -> Result<(), ModelError> {
     let refuse = |field: &str, found: String, expected: &str| {
         Err(ModelError::ConfigValue { field: field.into(), found, expected: expected.into() })
     };
@@ -153,9 +164,7 @@ where
         let found = "gated DeltaNet layers and gated attention".into();
         return refuse("layer_types", found, "attention without gates, which is what can be trained here");
     }
-    let mut source = From { params: Params::default(), tensor };
-    let model = Model::build(config, &mut source)?;
-    Ok((model, source.params))
+    Ok(())
 }
 
 struct From<F> {

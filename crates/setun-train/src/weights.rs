@@ -33,6 +33,7 @@ impl Weights {
     /// The same for masters that have changed.
     pub fn refresh(&mut self, engine: &Engine, params: &Params) {
         let (pool, kernels) = (&engine.pool, engine.kernels);
+        self.list.resize_with(params.len(), || None);
         for (slot, param) in self.list.iter_mut().zip(params.iter()) {
             if param.kind != Kind::Matrix(Role::Ternary) {
                 continue;

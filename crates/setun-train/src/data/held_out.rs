@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use super::Batch;
 use super::documents::{self, Documents};
 use crate::error::TrainError;
+use crate::loss::IGNORE;
 use crate::vocabulary::Vocabulary;
 
 /// One held-out set.
@@ -21,6 +22,8 @@ pub struct HeldOut {
     /// Bytes of text before each position of the stream, so that any run of targets knows its bytes.
     bytes_before: Vec<u64>,
     seq_len: usize,
+    /// Instead of a stream: batches of one row each, all of one length, whose targets may be masked.
+    rows: Vec<HeldOutBatch>,
 }
 
 impl HeldOut {
@@ -70,7 +73,13 @@ impl HeldOut {
             stream.push(marker);
             bytes_before.push(total);
         }
-        Ok(Self { name: name.to_owned(), stream, bytes_before, seq_len: seq_len.max(1) })
+        Ok(Self { name: name.to_owned(), stream, bytes_before, seq_len: seq_len.max(1), rows: Vec::new() })
+    }
+
+    /// A set of ready rows, one sequence each and all of one length; bytes are those of the targets that count.
+    pub(crate) fn of_rows(name: &str, rows: Vec<HeldOutBatch>) -> Self {
+        let seq_len = rows.first().map_or(1, |row| row.batch.seq_len);
+        Self { name: name.to_owned(), stream: Vec::new(), bytes_before: Vec::new(), seq_len, rows }
     }
 
     /// Its name in metrics.
@@ -80,18 +89,27 @@ impl HeldOut {
 
     /// Tokens that are scored.
     pub fn tokens(&self) -> usize {
-        self.stream.len() - 1
+        match self.rows.is_empty() {
+            true => self.stream.len().saturating_sub(1),
+            false => self.rows.iter().map(HeldOutBatch::counted).sum(),
+        }
     }
 
     /// UTF-8 bytes of the documents.
     pub fn bytes(&self) -> u64 {
-        self.bytes_before[self.stream.len()]
+        match self.rows.is_empty() {
+            true => self.bytes_before.last().copied().unwrap_or(0),
+            false => self.rows.iter().map(|row| row.bytes).sum(),
+        }
     }
 
     /// The windows, at most `batch` at a time; all of one batch have one length. With `limit`, about so many tokens, in
     /// windows taken evenly from the whole set, the same ones every time.
     pub fn batches(&self, batch: usize, limit: Option<usize>) -> impl Iterator<Item = HeldOutBatch> + '_ {
-        let windows = self.tokens().div_ceil(self.seq_len);
+        let windows = match self.rows.is_empty() {
+            true => self.tokens().div_ceil(self.seq_len),
+            false => self.rows.len(),
+        };
         let wanted = limit.map_or(windows, |tokens| tokens.div_ceil(self.seq_len).clamp(1, windows.max(1)));
         let wanted = wanted.min(windows);
         let batch = batch.max(1);
@@ -102,6 +120,16 @@ impl HeldOut {
                 bytes: 0,
             };
             while next < wanted && made.batch.batch < batch {
+                if !self.rows.is_empty() {
+                    let row = &self.rows[(next as u128 * windows as u128 / wanted as u128) as usize];
+                    made.batch.seq_len = row.batch.seq_len;
+                    made.batch.batch += 1;
+                    made.batch.ids.extend_from_slice(&row.batch.ids);
+                    made.batch.targets.extend_from_slice(&row.batch.targets);
+                    made.bytes += row.bytes;
+                    next += 1;
+                    continue;
+                }
                 // Window ⌊next · windows / wanted⌋: all of them when all are wanted.
                 let start = (next as u128 * windows as u128 / wanted as u128) as usize * self.seq_len;
                 let end = (start + self.seq_len).min(self.tokens());
@@ -129,6 +157,13 @@ pub struct HeldOutBatch {
     pub bytes: u64,
 }
 
+impl HeldOutBatch {
+    /// Targets that are scored.
+    pub fn counted(&self) -> usize {
+        self.batch.targets.iter().filter(|&&target| target != IGNORE).count()
+    }
+}
+
 /// Sums over held-out batches.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Score {
@@ -144,7 +179,7 @@ impl Score {
     /// Adds a batch whose cross-entropy, summed over its targets, is `nats`.
     pub fn add(&mut self, nats: f64, of: &HeldOutBatch) {
         self.nats += nats;
-        self.tokens += of.batch.targets.len() as u64;
+        self.tokens += of.counted() as u64;
         self.bytes += of.bytes;
     }
 
