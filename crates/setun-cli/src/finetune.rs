@@ -3,17 +3,20 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use setun::lora::Adapter;
 use setun::tokenizer::Tokenizer;
 use setun_train::data::Score;
 use setun_train::export::{ExportOptions, export_of};
 use setun_train::feed::Feed;
-use setun_train::finetune::{Base, Length, Settings};
+use setun_train::finetune::lora::LoraSection;
+use setun_train::finetune::merge::Flips;
+use setun_train::finetune::{Base, DEFAULT_LR, LORA_LR, Length, Settings};
 use setun_train::plot::plot_runs;
 use setun_train::trainer::Trainer;
 
 use crate::interrupt::Interrupt;
 use crate::train::Watch;
-use crate::{WrongUsage, model, output, progress};
+use crate::{WrongUsage, default_model, model, output, progress};
 
 /// Train a model further, on documents or on conversations: any ternary (BitNet) or float model of the Llama and Qwen kind.
 ///
@@ -22,18 +25,27 @@ use crate::{WrongUsage, model, output, progress};
 /// assistant says counts, and several share a sequence. All weights are trained; ternary layers through masters: the
 /// model's own where its file has them, else ones that round to the same weights.
 ///
+/// With --lora the model stays as it is, in its two bits per weight, and small adapters are trained beside it: `adapter/` then holds
+/// them as PEFT does, for `setun run MODEL --lora FOLDER`. --merge makes one model of both.
+///
+/// With --dpo, data is .jsonl with one pair, {"prompt": …, "chosen": …, "rejected": …}, a line, and the model learns to prefer the
+/// chosen answers (direct preference optimisation); `metrics.jsonl` has the margin and the share of pairs it gets right.
+///
 /// A run that was stopped goes on from its newest checkpoint, to the same bits as if it had never stopped; Ctrl-C writes
 /// one first. The output folder then holds `metrics.jsonl`, `loss.svg`, checkpoints, and the new model in `model/`.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   setun finetune MODEL --data poems.txt --valid more-poems.txt --out poet && setun run poet/model -p 'O '
   setun finetune MODEL --data talks.jsonl --epochs 3 --out talker
-  setun finetune --data talks.jsonl --chat-template chatml.jinja --out talker   the model in the program")]
+  setun finetune --data talks.jsonl --chat-template chatml.jinja --out talker   the model in the program
+  setun finetune MODEL --data talks.jsonl --lora 16 --out small && setun run MODEL --lora small/adapter
+  setun finetune MODEL --merge small/adapter --valid talks-kept-back.jsonl --out merged
+  setun finetune MODEL --data pairs.jsonl --dpo --out preferring")]
 pub struct FinetuneArgs {
     /// Model file (GGUF, safetensors), folder or hub name (OWNER/NAME[:FILE]) [default: the model in the program]
     model: Option<PathBuf>,
     /// Files or folders to train on
-    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "merge")]
     data: Vec<PathBuf>,
     /// Files or folders to measure on, never trained on
     #[arg(long, value_name = "FILE", num_args = 1..)]
@@ -47,7 +59,8 @@ pub struct FinetuneArgs {
     /// How often everything is read
     #[arg(long, value_name = "X", default_value_t = 1.0)]
     epochs: f64,
-    /// Learning rate at its peak; it rises over a fifteenth of the run and falls along half a cosine to zero [default: 5e-4]
+    /// Learning rate at its peak; it rises over a fifteenth of the run and falls along half a cosine to zero [default: 5e-4; 2e-3 with
+    /// --lora; a tenth of that with --dpo]
     #[arg(long, value_name = "X")]
     lr: Option<f64>,
     /// Sequences per pass
@@ -71,6 +84,32 @@ pub struct FinetuneArgs {
     /// Steps between checkpoints; 0: after the last only
     #[arg(long, value_name = "N", default_value_t = 100)]
     checkpoint_every: u64,
+    /// Train adapters of this rank and leave the model as it is
+    #[arg(long, value_name = "RANK", help_heading = "Adapters")]
+    lora: Option<usize>,
+    /// What adapters add is multiplied by this over the rank [default: twice the rank]
+    #[arg(long, value_name = "X", requires = "lora", help_heading = "Adapters")]
+    lora_alpha: Option<f64>,
+    /// Layers that get an adapter
+    #[arg(
+        long,
+        value_name = "NAMES",
+        requires = "lora",
+        value_delimiter = ',',
+        default_value = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        help_heading = "Adapters"
+    )]
+    lora_targets: Vec<String>,
+    /// Train nothing: merge this adapter into the model, ternary layers into the nearest ternary ones, and measure the loss on --valid
+    /// before and after
+    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["data", "lora", "dpo"], help_heading = "Adapters")]
+    merge: Option<PathBuf>,
+    /// Learn to prefer one answer to another, from pairs
+    #[arg(long, help_heading = "Preferences")]
+    dpo: bool,
+    /// How much a preference counts against staying as it was
+    #[arg(long, value_name = "X", default_value_t = 0.1, requires = "dpo", help_heading = "Preferences")]
+    beta: f64,
     /// Chat template for conversations, a file with Jinja source; the new model keeps it [default: the model's own]
     #[arg(long, value_name = "FILE")]
     chat_template: Option<PathBuf>,
@@ -110,10 +149,24 @@ pub fn finetune(args: FinetuneArgs) -> Result<()> {
             bail!("{kind} {}: there is no such file", path.display());
         }
     }
+    if let Some(folder) = &args.merge {
+        return merge(&base, folder, &settings, args.json);
+    }
     let busy = progress::spinner();
     busy.set_message("reading the data and the model");
     let mut notes = Vec::new();
-    let trainer = base.train(&settings, &mut |note| notes.push(note));
+    let told = &mut |note| notes.push(note);
+    let name = args.model.as_deref().unwrap_or(Path::new(default_model::NAME));
+    if args.dpo {
+        let trainer = base.prefer(&settings, told);
+        busy.finish_and_clear();
+        notes.iter().for_each(|note| eprintln!("note: {note}"));
+        let mut trainer = trainer?;
+        eprintln!("{} pairs; {} steps", trainer.feed().len(), trainer.config().total_steps());
+        let done = drive(&mut trainer)?;
+        return done.report(&settings.out, &save(&base, &trainer, &settings, name)?, args.json);
+    }
+    let trainer = base.train(&settings, told);
     busy.finish_and_clear();
     notes.iter().for_each(|note| eprintln!("note: {note}"));
     let mut trainer = trainer?;
@@ -126,9 +179,56 @@ pub fn finetune(args: FinetuneArgs) -> Result<()> {
         trainer.config().total_steps()
     );
     let done = drive(&mut trainer)?;
+    done.report(&settings.out, &save(&base, &trainer, &settings, name)?, args.json)
+}
+
+/// Writes the model, or its adapters.
+fn save<F: Feed>(base: &Base, trainer: &Trainer<F>, settings: &Settings, name: &Path) -> Result<PathBuf> {
+    if settings.lora.is_some() {
+        let folder = settings.out.join("adapter");
+        base.export_adapter(trainer, &folder, name)?;
+        return Ok(folder);
+    }
     let folder = settings.out.join("model");
-    export_of(&base, &folder, trainer.params(), &ExportOptions::default())?;
-    done.report(&settings.out, &folder, args.json)
+    export_of(base, &folder, trainer.params(), &ExportOptions::default())?;
+    Ok(folder)
+}
+
+fn merge(base: &Base, adapter: &Path, settings: &Settings, json: bool) -> Result<()> {
+    let adapter = Adapter::open(adapter)?;
+    let (params, merge) = base.merge(&adapter, settings)?;
+    let folder = settings.out.join("model");
+    std::fs::create_dir_all(&settings.out)
+        .with_context(|| format!("cannot create {}", settings.out.display()))?;
+    export_of(base, &folder, &params, &ExportOptions::default())?;
+    for (what, score) in
+        [("before", merge.before), ("with the adapter", merge.with_adapter), ("merged", merge.merged)]
+    {
+        if let Some(score) = score {
+            eprintln!("{what}: held out {:.4} ({:.3} bits/byte)", score.loss(), score.bits_per_byte());
+        }
+    }
+    let Flips { weights, changed } = merge.flips;
+    eprintln!(
+        "{} of {} ternary weights changed; model in {}",
+        output::count(changed),
+        output::count(weights),
+        folder.display()
+    );
+    if json {
+        let score = |s: Option<Score>| {
+            s.map(|s| serde_json::json!({ "loss": s.loss(), "bits_per_byte": s.bits_per_byte() }))
+        };
+        output::print_json(&serde_json::json!({
+            "held_out_before": score(merge.before),
+            "held_out_with_adapter": score(merge.with_adapter),
+            "held_out": score(merge.merged),
+            "ternary_weights": weights,
+            "changed": changed,
+            "model": folder,
+        }))?;
+    }
+    Ok(())
 }
 
 impl FinetuneArgs {
@@ -144,13 +244,22 @@ impl FinetuneArgs {
             seq_len: self.seq_len,
             batch: self.batch,
             accumulation: self.accumulation,
-            lr: self.lr.unwrap_or(defaults.lr),
+            lr: self.lr.unwrap_or_else(|| {
+                let lr = if self.lora.is_some() { LORA_LR } else { DEFAULT_LR };
+                if self.dpo { lr / 10.0 } else { lr }
+            }),
             weight_decay: self.weight_decay,
             seed: self.seed,
             threads: self.threads,
             eval_every: self.eval_every,
             checkpoint_every: self.checkpoint_every,
             out: self.out.clone(),
+            lora: self.lora.map(|rank| LoraSection {
+                rank,
+                alpha: self.lora_alpha.unwrap_or(2.0 * rank as f64),
+                targets: self.lora_targets.clone(),
+            }),
+            beta: self.beta,
             ..defaults
         })
     }
@@ -199,7 +308,16 @@ impl Done {
         let curve = out.join("loss.svg");
         let label = out.file_name().map_or("run".into(), |name| name.to_string_lossy().into_owned());
         plot_runs(&[(label, out.join("metrics.jsonl"))], &curve)?;
-        eprintln!("model in {}, loss curve in {}", made.display(), curve.display());
+        let last = setun_train::metrics::read(&out.join("metrics.jsonl"))?.pop();
+        let measure = |name: &str| last.as_ref().and_then(|line| line.other.get(name)?.as_f64());
+        if let (Some(margin), Some(accuracy)) = (measure("dpo_margin"), measure("dpo_accuracy")) {
+            eprintln!(
+                "last steps: margin {margin:.3}, {:.0} % of the pairs in the right order",
+                100.0 * accuracy
+            );
+        }
+        let what = if made.ends_with("adapter") { "adapter" } else { "model" };
+        eprintln!("{what} in {}, loss curve in {}", made.display(), curve.display());
         if json {
             let score =
                 |s: &Score| serde_json::json!({ "loss": s.loss(), "bits_per_byte": s.bits_per_byte() });
@@ -209,6 +327,8 @@ impl Done {
                 "loss": self.loss,
                 "held_out_before": self.before.as_ref().map(score),
                 "held_out": self.after.as_ref().map(score),
+                "dpo_margin": measure("dpo_margin"),
+                "dpo_accuracy": measure("dpo_accuracy"),
                 "model": made,
                 "curve": curve,
             }))?;

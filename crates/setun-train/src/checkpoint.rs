@@ -138,7 +138,9 @@ impl Checkpoints {
 fn write(folder: &Path, state: &State, params: &Params, optimizer: &AdamW) -> std::io::Result<()> {
     std::fs::create_dir_all(folder)?;
     let [first, second] = &optimizer.moments;
-    let tensors = params.iter().zip(first).zip(second).flat_map(|((param, m), v)| {
+    let trained = params.ids().filter(|&id| !params.is_frozen(id));
+    let tensors = trained.flat_map(|id| {
+        let (param, m, v) = (&params[id], &first[id.0], &second[id.0]);
         let shape = param.shape();
         [("param", &param.values), ("adam_m", m), ("adam_v", v)].map(|(kind, values)| {
             let tensor = Tensor { shape: shape.clone(), values };
@@ -153,9 +155,9 @@ fn write(folder: &Path, state: &State, params: &Params, optimizer: &AdamW) -> st
     std::fs::File::open(&path)?.sync_all()
 }
 
-struct Tensor<'a> {
-    shape: Vec<usize>,
-    values: &'a [f32],
+pub(crate) struct Tensor<'a> {
+    pub(crate) shape: Vec<usize>,
+    pub(crate) values: &'a [f32],
 }
 
 impl View for Tensor<'_> {

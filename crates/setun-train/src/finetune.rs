@@ -5,14 +5,18 @@
 
 pub mod chat;
 pub mod examples;
+pub mod lora;
 pub mod masters;
+pub mod merge;
+pub mod preferences;
 pub mod read;
+mod settings;
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use setun::chat::Chat;
-use setun::config::{ActivationType, ModelConfig};
+use setun::config::{ActivationType, ModelConfig, RopeTable};
 use setun::error::ModelError;
 use setun::format::Checkpoint;
 use setun::model::{Model, Role, Source};
@@ -20,13 +24,18 @@ use setun::tokenizer::Tokenizer;
 use setun::weights::{Master, Weights as Tensors};
 
 use crate::config::TrainConfig;
-use crate::data::HeldOut;
+use crate::data::{Batch, HeldOut};
 use crate::engine::Engine;
 use crate::error::TrainError;
+use crate::feed::Feed;
 use crate::finetune::examples::{Example, Examples};
+use crate::finetune::lora::{Adapters, Frozen, LoraSection};
+use crate::finetune::preferences::Pairs;
 use crate::params::{self, Kind, Param, ParamId, Params, TrainModel};
-use crate::trainer::{Parts, Trainer, newest_checkpoint, no_checkpoint};
+use crate::tape::{Setting, Tape};
+use crate::trainer::{Parts, Trainer, head, newest_checkpoint, no_checkpoint};
 use crate::weights::Weights;
+pub use settings::{DEFAULT_LR, LORA_LR, Length, Settings};
 
 /// What a fine-tuning run starts from, as its checkpoints remember it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,73 +43,12 @@ use crate::weights::Weights;
 pub struct BaseSection {
     /// Hash of the model's tensors.
     pub fingerprint: String,
-}
-
-/// What a fine-tuning run is told.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Settings {
-    /// Files and folders to train on, see [`read`].
-    pub data: Vec<PathBuf>,
-    /// Files and folders to measure on.
-    pub valid: Vec<PathBuf>,
-    /// How long.
-    pub length: Length,
-    /// Tokens of a sequence; `None`: 512, or the model's limit if that is less.
-    pub seq_len: Option<usize>,
-    /// Sequences per pass.
-    pub batch: usize,
-    /// Passes per step.
-    pub accumulation: usize,
-    /// Learning rate at its peak, reached after a fifteenth of the run (at most 100 steps) and followed by half a cosine to
-    /// zero.
-    pub lr: f64,
-    /// Decoupled weight decay.
-    pub weight_decay: f64,
-    /// Seed of the order of the examples.
-    pub seed: u64,
-    /// Threads; `None`: the physical cores that the process may use.
-    pub threads: Option<usize>,
-    /// Steps between held-out measurements; 0: after the last only.
-    pub eval_every: u64,
-    /// Steps between checkpoints; 0: after the last only.
-    pub checkpoint_every: u64,
-    /// Steps between lines of the metrics.
-    pub log_every: u64,
-    /// Output folder.
-    pub out: PathBuf,
-}
-
-/// How long a run is.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Length {
-    /// Optimiser steps.
-    Steps(u64),
-    /// Times that everything is read, rounded up to whole steps.
-    Epochs(f64),
-}
-
-/// Learning rate where all weights are trained; see docs/results.md.
-pub const DEFAULT_LR: f64 = 5e-4;
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            data: Vec::new(),
-            valid: Vec::new(),
-            length: Length::Epochs(1.0),
-            seq_len: None,
-            batch: 8,
-            accumulation: 1,
-            lr: DEFAULT_LR,
-            weight_decay: 0.0,
-            seed: 1,
-            threads: None,
-            eval_every: 50,
-            checkpoint_every: 100,
-            log_every: 10,
-            out: PathBuf::new(),
-        }
-    }
+    /// Adapters, if they are trained instead of the model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraSection>,
+    /// `β` of preference optimisation, if that is the objective.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beta: Option<f64>,
 }
 
 /// A model to start from.
@@ -214,8 +162,109 @@ impl<'f> Base<'f> {
             true => Vec::new(),
             false => vec![Self::held_out(&load(&settings.valid)?, seq_len)?],
         };
-        let config = self.train_config(settings, seq_len, data.rows_per_epoch())?;
-        self.assemble(config, data, held_out)
+        let config = self.train_config(settings, seq_len, data.rows_per_epoch(), None)?;
+        let loaded = self.load_for(settings)?;
+        self.assemble(config, data, held_out, loaded)
+    }
+
+    /// A run on preference pairs: as [`Base::train`], with [`Settings::data`] of pairs ([`preferences`]). `valid` is still
+    /// documents and conversations, whose loss shows what else is lost.
+    ///
+    /// # Errors
+    /// As [`Base::train`].
+    pub fn prefer(
+        &self,
+        settings: &Settings,
+        note: &mut dyn FnMut(String),
+    ) -> Result<Trainer<Pairs>, TrainError> {
+        let seq_len = self.seq_len(settings)?;
+        let chat = self.chat()?;
+        let list = preferences::read(&settings.data, self.tokenizer, &self.config, chat.as_ref())?;
+        let mut data = Pairs::new(list, seq_len, settings.batch.max(1), settings.seed, settings.beta, note)?;
+        let held_out = match settings.valid.is_empty() {
+            true => Vec::new(),
+            false => {
+                let set = read::examples(&settings.valid, self.tokenizer, &self.config, chat.as_ref())?;
+                vec![Self::held_out(&set, seq_len)?]
+            }
+        };
+        let config = self.train_config(settings, seq_len, data.len(), Some(settings.beta))?;
+        let loaded = self.load_for(settings)?;
+        let mut rope = RopeTable::new(&self.config.rope);
+        rope.prepare(seq_len.next_multiple_of(32));
+        let Loaded { engine, model, params, weights } = &loaded;
+        let mut own = Weights::default();
+        let weights = match settings.lora {
+            Some(_) => weights,
+            None => {
+                own.refresh(engine, params);
+                &own
+            }
+        };
+        data.refer_to(|batch| {
+            let Batch { batch: sequences, seq_len, ref ids, ref targets } = *batch;
+            let mut tape =
+                Tape::forward_only(Setting { engine, params, weights, rope: &rope, sequences, seq_len });
+            let hidden = model.hidden(&mut tape, ids);
+            preferences::row_sums(&tape.token_losses(&hidden, head(model), targets), seq_len)
+        });
+        drop(own);
+        self.assemble(config, data, held_out, loaded)
+    }
+
+    /// The model, trainable or frozen with adapters, as the settings say.
+    fn load_for(&self, settings: &Settings) -> Result<Loaded, TrainError> {
+        let threads = settings.threads.unwrap_or_else(setun_kernels::threads::physical_cores_allowed);
+        let engine = Engine::new(threads);
+        match &settings.lora {
+            None => {
+                let (model, params) = self.load()?;
+                Ok(Loaded { engine, model, params, weights: Weights::default() })
+            }
+            Some(section) => {
+                section.check()?;
+                self.load_frozen(engine, Adapters::Fresh(section, settings.seed))
+            }
+        }
+    }
+
+    fn load_frozen(&self, engine: Engine, adapters: Adapters) -> Result<Loaded, TrainError> {
+        let tensors = Tensors::new(self.file, &self.config);
+        let mut source = Frozen { tensors, adapters, params: Params::default(), ternary: Vec::new() };
+        let model = Model::build(self.config.clone(), &mut source)?;
+        let Frozen { params, ternary, .. } = source;
+        let mut weights = Weights::default();
+        for (id, matrix) in ternary {
+            weights.set_frozen(&engine, id, matrix);
+        }
+        Ok(Loaded { engine, model, params, weights })
+    }
+
+    /// Writes what a run with adapters has trained into `folder`, in PEFT's layout; `model` is what the adapter says it belongs
+    /// to. The folder is made beside its place and renamed; one that is there is replaced.
+    ///
+    /// # Errors
+    /// When a value is not finite or a file cannot be written.
+    pub fn export_adapter<F: Feed>(
+        &self,
+        trainer: &Trainer<F>,
+        folder: &Path,
+        model: &Path,
+    ) -> Result<(), TrainError> {
+        let section = trainer.config().base.as_ref().and_then(|base| base.lora.as_ref());
+        let Some(section) = section else {
+            return Err(TrainError::setting(
+                "--lora",
+                "absent",
+                "a rank, since only adapters are saved this way",
+            ));
+        };
+        replace_folder(folder, |made| {
+            if let Some(template) = &self.template {
+                crate::vocabulary::write_whole(&made.join("chat_template.jinja"), template.as_bytes())?;
+            }
+            lora::save(made, trainer.params(), section, model)
+        })
     }
 
     fn held_out(examples: &[Example], seq_len: usize) -> Result<HeldOut, TrainError> {
@@ -243,11 +292,12 @@ impl<'f> Base<'f> {
         }
     }
 
-    fn assemble<F: crate::feed::Feed>(
+    fn assemble<F: Feed>(
         &self,
         config: TrainConfig,
         data: F,
         held_out: Vec<HeldOut>,
+        loaded: Loaded,
     ) -> Result<Trainer<F>, TrainError> {
         let begun = !crate::checkpoint::Checkpoints::of(&config.train.out).steps()?.is_empty();
         let checkpoint = match begun {
@@ -257,10 +307,7 @@ impl<'f> Base<'f> {
                 None
             }
         };
-        let threads = config.train.threads.unwrap_or_else(setun_kernels::threads::physical_cores_allowed);
-        let engine = Engine::new(threads);
-        let (model, params) = self.load()?;
-        let weights = Weights::default();
+        let Loaded { engine, model, params, weights } = loaded;
         Trainer::assemble(config, Parts { engine, data, held_out, model, params, weights }, checkpoint)
     }
 
@@ -271,6 +318,7 @@ impl<'f> Base<'f> {
         settings: &Settings,
         seq_len: usize,
         rows_per_epoch: usize,
+        beta: Option<f64>,
     ) -> Result<TrainConfig, TrainError> {
         let c = &self.config;
         let positive = |x: f64| x.is_finite() && x > 0.0;
@@ -285,7 +333,7 @@ impl<'f> Base<'f> {
             }
         };
         let json = serde_json::json!({
-            "base": BaseSection { fingerprint: self.fingerprint.clone() },
+            "base": BaseSection { fingerprint: self.fingerprint.clone(), lora: settings.lora.clone(), beta },
             "model": {
                 "vocab_size": c.vocab_size,
                 "hidden_size": c.hidden_size,
@@ -329,6 +377,15 @@ impl<'f> Base<'f> {
         config.check()?;
         Ok(config)
     }
+}
+
+/// A model in memory, with what computes on it.
+struct Loaded {
+    engine: Engine,
+    model: TrainModel,
+    params: Params,
+    /// Ternary forms of what is frozen.
+    weights: Weights,
 }
 
 /// A hash of all tensors, with their names.

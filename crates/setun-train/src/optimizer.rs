@@ -21,7 +21,7 @@ pub struct AdamW {
 impl AdamW {
     /// With zero moments.
     pub fn new(settings: &OptimizerSection, params: &Params) -> Self {
-        let zeros = || params.iter().map(|p| vec![0.0; p.values.len()]).collect();
+        let zeros = || params.ids().map(|id| vec![0.0; params.trained(id)]).collect();
         let OptimizerSection { betas, eps, clip, .. } = *settings;
         Self { betas, eps, clip, steps: 0, moments: [zeros(), zeros()] }
     }

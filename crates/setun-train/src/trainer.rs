@@ -185,7 +185,10 @@ impl<F: Feed> Trainer<F> {
 
     fn restore(&mut self, mut checkpoint: Checkpoint) -> Result<(), TrainError> {
         let [first, second] = &mut self.optimizer.moments;
-        for ((param, m), v) in self.params.iter_mut().zip(first).zip(second) {
+        let frozen: Vec<bool> = self.params.ids().map(|id| self.params.is_frozen(id)).collect();
+        for (((param, m), v), _) in
+            self.params.iter_mut().zip(first).zip(second).zip(frozen).filter(|(_, frozen)| !frozen)
+        {
             let shape = param.shape();
             param.values = checkpoint.take("param", &param.name, &shape)?;
             *m = checkpoint.take("adam_m", &param.name, &shape)?;
@@ -271,21 +274,9 @@ impl<F: Feed> Trainer<F> {
 
     /// Cross-entropy of a held-out set, or of about `limit` tokens taken evenly from it.
     pub fn evaluate(&self, set: &HeldOut, limit: Option<usize>) -> Score {
-        let mut score = Score::default();
-        for held_out in set.batches(self.config.train.batch, limit) {
-            let batch = &held_out.batch;
-            let on = Setting {
-                engine: &self.engine,
-                params: &self.params,
-                weights: &self.weights,
-                rope: &self.rope,
-                sequences: batch.batch,
-                seq_len: batch.seq_len,
-            };
-            let loss = forward(&self.model, &mut Tape::forward_only(on), batch, 0.0);
-            score.add(loss.sum, &held_out);
-        }
-        score
+        let Self { engine, params, weights, rope, .. } = self;
+        let on = Setting { engine, params, weights, rope, sequences: 0, seq_len: 0 };
+        score(&self.model, on, set, self.config.train.batch, limit)
     }
 
     /// Every held-out set by name, see [`Trainer::evaluate`].
@@ -433,6 +424,23 @@ pub(crate) fn newest_checkpoint(config: &TrainConfig) -> Result<Checkpoint, Trai
     })?;
     same_run(&checkpoint.state.config, config)?;
     Ok(checkpoint)
+}
+
+/// Cross-entropy of a held-out set, `batch` sequences at a time; how many and how long they are is not read from `on`.
+pub(crate) fn score(
+    model: &TrainModel,
+    on: Setting,
+    set: &HeldOut,
+    batch: usize,
+    limit: Option<usize>,
+) -> Score {
+    let mut score = Score::default();
+    for held_out in set.batches(batch, limit) {
+        let on = Setting { sequences: held_out.batch.batch, seq_len: held_out.batch.seq_len, ..on };
+        let loss = forward(model, &mut Tape::forward_only(on), &held_out.batch, 0.0);
+        score.add(loss.sum, &held_out);
+    }
+    score
 }
 
 /// The parameter that the output head reads: the embedding when tied.
