@@ -121,7 +121,7 @@ fn answer(chat: &Chat, tokenizer: &Tokenizer, messages: &[Message], n: usize) ->
     let marker = marker(chat, tokenizer);
     let end = marker.and_then(|m| said.rfind(&m).map(|at| at + m.len())).unwrap_or(said.trim_end().len());
     let end = before.len() + end;
-    Ok(Rendered { text: text[..end].to_owned(), turns: vec![before.len()..end] })
+    Ok(Rendered { text: text[..end].to_owned(), turns: std::iter::once(before.len()..end).collect() })
 }
 
 /// What ends an assistant's turn, as text.

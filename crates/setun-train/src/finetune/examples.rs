@@ -310,7 +310,8 @@ mod tests {
         let mut feed = feed(&[5, 5, 3, 8], true);
         for _ in 0..20 {
             let batch = feed.next_batch(0.0);
-            let starts = (0..8).filter(|&i| batch.ids[i] % 100 == 0 && batch.targets[i] != IGNORE).count();
+            let starts =
+                (0..8).filter(|&i| batch.ids[i].is_multiple_of(100) && batch.targets[i] != IGNORE).count();
             let counted = batch.targets.iter().filter(|&&t| t != IGNORE).count();
             assert!([(1, 5), (1, 8), (2, 8), (1, 3)].contains(&(starts, counted)), "{batch:?}");
         }

@@ -160,7 +160,8 @@ pub(crate) fn save(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model.display().to_string(),
         "r": section.rank,
-        "lora_alpha": section.alpha,
+        // A whole number as one, as PEFT declares it.
+        "lora_alpha": if section.alpha.fract() == 0.0 { serde_json::json!(section.alpha as i64) } else { section.alpha.into() },
         "target_modules": section.targets,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -175,10 +176,11 @@ pub(crate) fn save(
     });
     let tensors =
         params.iter_trained().map(|p| (p.name.clone(), Tensor { shape: p.shape(), values: &p.values }));
-    let path = folder.join(WEIGHTS);
     let header = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    safetensors::serialize_to_file(tensors, Some(header), &path)
-        .map_err(|e| TrainError::write(&path, std::io::Error::other(e)))?;
+    let path = folder.join(WEIGHTS);
+    let bytes = safetensors::serialize(tensors, Some(header));
+    let bytes = bytes.map_err(|e| TrainError::write(&path, std::io::Error::other(e)))?;
+    crate::vocabulary::write_whole(&path, &bytes)?;
     crate::vocabulary::write_whole(&folder.join(CONFIG), format!("{config:#}\n").as_bytes())
 }
 
