@@ -4,6 +4,7 @@ mod bench;
 mod convert;
 mod default_model;
 mod eval;
+mod finetune;
 mod info;
 mod interrupt;
 mod logits;
@@ -45,6 +46,7 @@ enum Command {
     Eval(eval::EvalArgs),
     Bench(bench::BenchArgs),
     Train(train::TrainArgs),
+    Finetune(finetune::FinetuneArgs),
     Plot(plot::PlotArgs),
 }
 
@@ -73,6 +75,7 @@ fn main() -> ExitCode {
         Some(Command::Eval(args)) => eval::eval(args),
         Some(Command::Bench(args)) => bench::bench(args),
         Some(Command::Train(args)) => train::train(args),
+        Some(Command::Finetune(args)) => finetune::finetune(args),
         Some(Command::Plot(args)) => plot::plot(&args),
     };
     match done {

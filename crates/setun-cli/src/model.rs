@@ -9,6 +9,7 @@ use setun::engine::{Engine, EngineOptions};
 use setun::format::{Checkpoint, FloatWeights, I2sLayout, OpenOptions, TlTiles, Type42};
 use setun::head::HeadMode;
 use setun::kv_cache::KvType;
+use setun::lora::Adapter;
 use setun::tokenizer::Tokenizer;
 use setun_kernels::Kernels;
 
@@ -60,6 +61,9 @@ pub struct LoadArgs {
     pub open: OpenArgs,
     #[command(flatten)]
     pub compute: ComputeArgs,
+    /// Adapter that is run beside the model: a folder as PEFT and `setun finetune --lora` write it
+    #[arg(long, value_name = "FOLDER", help_heading = "Loading")]
+    pub lora: Option<PathBuf>,
     /// Longest sequence in tokens; a longer one than the model was made for gives poor text [default: the model's own]
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Loading")]
     pub context: Option<usize>,
@@ -99,10 +103,18 @@ pub struct HeadArgs {
 }
 
 /// Loads, saying so while it takes.
-fn loading(file: &Checkpoint, config: ModelConfig, options: &EngineOptions) -> Result<Engine> {
+fn loading(
+    file: &Checkpoint,
+    config: ModelConfig,
+    options: &EngineOptions,
+    lora: Option<&Path>,
+) -> Result<Engine> {
+    let adapter = lora.map(Adapter::open).transpose()?;
     let bar = progress::weights(config.parameters() as u64);
     bar.set_message(format!("loading {}", file.path().display()));
-    let engine = Engine::load_telling(file, config, options, &mut |weights| bar.inc(weights as u64));
+    let engine = Engine::load_adapted(file, config, options, adapter.as_ref(), &mut |weights| {
+        bar.inc(weights as u64);
+    });
     bar.finish_and_clear();
     Ok(engine?)
 }
@@ -110,13 +122,13 @@ fn loading(file: &Checkpoint, config: ModelConfig, options: &EngineOptions) -> R
 impl LoadArgs {
     /// The engine for an opened model, computing as the model defines unless asked otherwise.
     pub fn engine(&self, file: &Checkpoint) -> Result<Engine> {
-        loading(file, ModelConfig::of(file)?, &self.compute.options())
+        loading(file, ModelConfig::of(file)?, &self.compute.options(), self.lora.as_deref())
     }
 
     /// The engine for speed: int8 activations unless asked otherwise, which is said where the model defines float.
     pub fn fast_engine(&self, file: &Checkpoint, config: ModelConfig, head: HeadArgs) -> Result<Engine> {
         let options = EngineOptions { head: head.head, ..fast(&config, self.compute.options()) };
-        loading(file, config, &options)
+        loading(file, config, &options, self.lora.as_deref())
     }
 
     /// The tokenizer asked for, or the model's own.

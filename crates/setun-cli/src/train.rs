@@ -9,6 +9,7 @@ use indicatif::ProgressBar;
 use setun_train::config::TrainConfig;
 use setun_train::data::Score;
 use setun_train::export::{ExportOptions, export};
+use setun_train::feed::Feed;
 use setun_train::metrics::Metrics;
 use setun_train::plot::{PlotOptions, plot_runs};
 use setun_train::trainer::{Progress, StepReport, Trainer};
@@ -57,18 +58,7 @@ pub fn train(args: TrainArgs) -> Result<()> {
     if begun > 0 {
         eprintln!("going on after step {begun} of {total}");
     }
-    let interrupt = Interrupt::install()?;
-    let bar = progress::training(begun, total);
-    interrupt.begin();
-    let mut watch = Watch { bar: &bar, interrupt: &interrupt, live: Live::default(), total };
-    let ran = trainer.run(&mut watch);
-    let last = watch.live.last();
-    interrupt.end();
-    bar.finish_and_clear();
-    ran?;
-    if trainer.steps_taken() < total {
-        bail!("stopped after step {} of {total}: the same command goes on from there", trainer.steps_taken());
-    }
+    let last = watched(&mut trainer)?;
 
     let out = trainer.config().train.out.clone();
     let folder = out.join("model");
@@ -99,6 +89,24 @@ pub fn train(args: TrainArgs) -> Result<()> {
         }))?;
     }
     Ok(())
+}
+
+/// Trains to the end, shown on stderr; returns the last step, if there was one.
+pub fn watched<F: Feed>(trainer: &mut Trainer<F>) -> Result<Option<StepReport>> {
+    let (begun, total) = (trainer.steps_taken(), trainer.config().total_steps());
+    let interrupt = Interrupt::install()?;
+    let bar = progress::training(begun, total);
+    interrupt.begin();
+    let mut watch = Watch { bar: &bar, interrupt: &interrupt, live: Live::default(), total };
+    let ran = trainer.run(&mut watch);
+    let last = watch.live.last();
+    interrupt.end();
+    bar.finish_and_clear();
+    ran?;
+    if trainer.steps_taken() < total {
+        bail!("stopped after step {} of {total}: the same command goes on from there", trainer.steps_taken());
+    }
+    Ok(last)
 }
 
 /// Shows a run on stderr: a panel for people, lines for log files.

@@ -56,14 +56,15 @@ pub struct Layer {
 /// The codes of the last look.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Census {
-    /// By parameter; `None` where it is not ternary.
+    /// By parameter; `None` where it is not ternary, or frozen.
     seen: Vec<Option<Vec<u8>>>,
 }
 
 impl Census {
     /// Looks at `weights` for the first time.
     pub fn new(params: &Params, weights: &Weights) -> Self {
-        let codes = |id: ParamId| Some(weights.matrix(id)?.codes().to_vec());
+        let changing = |id: ParamId| weights.matrix(id).filter(|_| !params.is_frozen(id));
+        let codes = |id: ParamId| Some(changing(id)?.codes().to_vec());
         Self { seen: params.ids().map(codes).collect() }
     }
 

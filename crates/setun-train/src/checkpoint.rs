@@ -147,9 +147,11 @@ impl Checkpoints {
 fn write(folder: &Path, state: &State, params: &Params, optimizer: &Optimizer) -> std::io::Result<()> {
     std::fs::create_dir_all(folder)?;
     let [first, second] = &optimizer.moments;
-    let tensors = params.iter().zip(first).zip(second).flat_map(|((param, m), v)| {
-        let [first, second] = optimizer.moment_names(param);
-        let tensors = [(Some("param"), &param.values), (first, m), (second, v)];
+    let trained = params.ids().filter(|&id| !params.is_frozen(id));
+    let tensors = trained.flat_map(|id| {
+        let param = &params[id];
+        let names = optimizer.moment_names(param);
+        let tensors = [(Some("param"), &param.values), (names[0], &first[id.0]), (names[1], &second[id.0])];
         tensors.into_iter().filter_map(|(kind, values)| {
             let tensor = Tensor { shape: param.shape(), values };
             Some((format!("{}.{}", kind?, param.name), tensor))
@@ -163,9 +165,9 @@ fn write(folder: &Path, state: &State, params: &Params, optimizer: &Optimizer) -
     std::fs::File::open(&path)?.sync_all()
 }
 
-struct Tensor<'a> {
-    shape: Vec<usize>,
-    values: &'a [f32],
+pub(crate) struct Tensor<'a> {
+    pub(crate) shape: Vec<usize>,
+    pub(crate) values: &'a [f32],
 }
 
 impl View for Tensor<'_> {

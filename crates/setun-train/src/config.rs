@@ -21,6 +21,9 @@ const GROUP_SIZE: usize = 128;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
+    /// The model that a fine-tuning run starts from; a run described by a file has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<crate::finetune::BaseSection>,
     /// `[model]`: what is trained.
     pub model: ModelSection,
     /// `[tokenizer]`: trained on the corpus unless a file is named.

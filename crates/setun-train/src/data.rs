@@ -28,6 +28,7 @@ use crate::random::{mix, unit};
 use crate::vocabulary::Vocabulary;
 use corpus::{CHUNK_BYTES, Corpus, Text};
 use documents::Documents;
+pub(crate) use order::shuffled;
 use order::{LISTED, Order};
 
 /// Sequences of one length; rows follow each other.

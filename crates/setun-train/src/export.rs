@@ -22,6 +22,7 @@ use setun::recommended::Recommended;
 
 use crate::engine::Engine;
 use crate::error::TrainError;
+use crate::finetune::Base;
 use crate::params::{Kind, Param, Params};
 use crate::vocabulary::{Vocabulary, write_whole};
 use crate::weights::Recipe;
@@ -76,14 +77,7 @@ pub fn export(
     vocabulary: &Vocabulary,
     options: &ExportOptions,
 ) -> Result<(), TrainError> {
-    if !matches!(options.floats, Encoding::F32 | Encoding::BF16) {
-        let expected = "F32 or BF16";
-        return Err(TrainError::setting("floats", &options.floats, expected));
-    }
-    if let Some((param, index)) = params.iter().find_map(not_finite) {
-        let what = format!("value {index} is not a finite number, so the model cannot be exported");
-        return Err(ModelError::Tensor { name: param.name.clone(), what }.into());
-    }
+    check(params, options)?;
     std::fs::create_dir_all(folder).map_err(|e| TrainError::write(folder, e))?;
     let config_file = folder.join("config.json");
     match std::fs::remove_file(&config_file) {
@@ -99,6 +93,39 @@ pub fn export(
     write_json(&folder.join("tokenizer_config.json"), &tokenizer_config(config, vocabulary)?)?;
     write_json(&folder.join("generation_config.json"), &generation_config(config, &options.sampling))?;
     write_json(&config_file, &config_json(config, options)?)
+}
+
+/// Writes a fine-tuned model into `folder`, with the tokenizer, templates and recommended sampling of the one it was made of. The
+/// folder is made beside its place and renamed; one that is there is replaced.
+///
+/// # Errors
+/// As [`export`].
+pub fn export_of(
+    base: &Base,
+    folder: &Path,
+    params: &Params,
+    options: &ExportOptions,
+) -> Result<(), TrainError> {
+    check(params, options)?;
+    crate::finetune::replace_folder(folder, |made| {
+        write_weights(&made.join("model.safetensors"), params, false, options)?;
+        base.write_companions(made)?;
+        write_json(&made.join("config.json"), &config_json(base.config(), options)?)
+    })
+}
+
+/// What could not be written is found before anything is.
+fn check(params: &Params, options: &ExportOptions) -> Result<(), TrainError> {
+    if !matches!(options.floats, Encoding::F32 | Encoding::BF16) {
+        return Err(TrainError::setting("floats", &options.floats, "F32 or BF16"));
+    }
+    match params.iter().find_map(not_finite) {
+        None => Ok(()),
+        Some((param, index)) => {
+            let what = format!("value {index} is not a finite number, so the model cannot be exported");
+            Err(ModelError::Tensor { name: param.name.clone(), what }.into())
+        }
+    }
 }
 
 fn not_finite(param: &Param) -> Option<(&Param, usize)> {
@@ -152,11 +179,23 @@ fn write_weights(
                 }
                 encode_floats(&name, &copies, param.cols, &options.floats)?
             }
-            (false, _) => encode_floats(&name, &param.values, param.cols, &options.floats)?,
+            (false, _) => match params.iter().find(|layer| packed(layer) && is_bias_of(param, layer)) {
+                // Readers of this form add the bias before they multiply by the scale.
+                Some(layer) => {
+                    let scale = setun_kernels::quant::absmean_scale(&layer.values);
+                    let values: Vec<f32> = param.values.iter().map(|b| b / scale).collect();
+                    encode_floats(&name, &values, param.cols, &options.floats)?
+                }
+                None => encode_floats(&name, &param.values, param.cols, &options.floats)?,
+            },
         };
         writer.tensor(&bytes)?;
     }
     Ok(writer.finish()?)
+}
+
+fn is_bias_of(param: &Param, layer: &Param) -> bool {
+    param.kind == Kind::Bias && param.name.strip_suffix("bias") == layer.name.strip_suffix("weight")
 }
 
 /// Every linear layer, as `modules_to_not_convert` names them.

@@ -17,6 +17,8 @@ pub mod divergence;
 pub mod engine;
 pub mod error;
 pub mod export;
+pub mod feed;
+pub mod finetune;
 pub mod lines;
 pub mod loss;
 pub mod metrics;

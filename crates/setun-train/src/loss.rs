@@ -44,9 +44,37 @@ impl Tape<'_> {
     ///
     /// A target outside the vocabulary has no probability: the loss becomes infinite.
     pub fn cross_entropy(&mut self, hidden: &Var, head: ParamId, targets: &[u32], weight: f32) -> Loss {
+        let losses = self.head_pass(hidden, head, targets, Some(|_| weight));
+        Loss { sum: losses.iter().sum(), tokens: targets.iter().filter(|&&t| t != IGNORE).count() }
+    }
+
+    /// [`Tape::cross_entropy`] of every token alone, without any gradient: 0 where the target is [`IGNORE`].
+    pub fn token_losses(&mut self, hidden: &Var, head: ParamId, targets: &[u32]) -> Vec<f64> {
+        self.head_pass(hidden, head, targets, None::<fn(usize) -> f32>)
+    }
+
+    /// [`Tape::cross_entropy`] with a weight for each token, by its place; weights may be negative.
+    pub fn weighted_cross_entropy(
+        &mut self,
+        hidden: &Var,
+        head: ParamId,
+        targets: &[u32],
+        weight: impl Fn(usize) -> f32 + Sync,
+    ) -> Vec<f64> {
+        self.head_pass(hidden, head, targets, Some(weight))
+    }
+
+    /// The tokens' losses; with weights, their gradient is ready to flow back.
+    fn head_pass(
+        &mut self,
+        hidden: &Var,
+        head: ParamId,
+        targets: &[u32],
+        weight: Option<impl Fn(usize) -> f32 + Sync>,
+    ) -> Vec<f64> {
         assert_eq!(targets.len(), self.tokens(), "targets of {} tokens", self.tokens());
         let on = self.on;
-        let (pool, records) = (&on.engine.pool, self.records());
+        let (pool, records) = (&on.engine.pool, self.records() && weight.is_some());
         let (vocab, width) = (on.params[head].rows, on.params[head].cols);
         let table = View::new(&on.params[head].values, vocab, width, width);
         let mut losses = vec![0.0f64; targets.len()];
@@ -60,25 +88,22 @@ impl Tape<'_> {
             gemm_on(pool, ViewMut::new(logits, count, vocab, vocab), Into::Set, 1.0, x, table.t());
             let per_token = logits.chunks_exact_mut(vocab).zip(&mut losses[rows.clone()]).collect::<Vec<_>>();
             pool.run_items(per_token, |i, (row, loss)| {
+                let weight = weight.as_ref().map_or(0.0, |weight| weight(rows.start + i));
                 *loss = token(on.engine.kernels, row, targets[i], weight);
             });
             let Some(grad) = &mut grad else { continue };
             let slopes = View::new(logits, count, vocab, vocab);
             let dx = ViewMut::new(&mut grad[rows.start * width..rows.end * width], count, width, width);
             gemm_on(pool, dx, Into::Set, 1.0, slopes, table);
-            gemm_on(
-                pool,
-                ViewMut::new(self.param_grad(head), vocab, width, width),
-                Into::Add,
-                1.0,
-                slopes.t(),
-                x,
-            );
+            if self.trains(head) {
+                let dw = ViewMut::new(self.param_grad(head), vocab, width, width);
+                gemm_on(pool, dw, Into::Add, 1.0, slopes.t(), x);
+            }
         }
         if let Some(grad) = grad {
             self.give(hidden.id(), grad);
         }
-        Loss { sum: losses.iter().sum(), tokens: targets.iter().filter(|&&t| t != IGNORE).count() }
+        losses
     }
 }
 

@@ -31,9 +31,9 @@ impl Optimizer {
         let OptimizerSection { kind, momentum, betas, eps, clip, .. } = *settings;
         let momentum = momentum as f32;
         let mut this = Self { kind, momentum, betas, eps, clip, steps: 0, moments: Default::default() };
-        for param in params.iter() {
-            for (names, moments) in this.moment_names(param).into_iter().zip(&mut this.moments) {
-                moments.push(vec![0.0; names.map_or(0, |_| param.values.len())]);
+        for id in params.ids() {
+            for (names, moments) in this.moment_names(&params[id]).into_iter().zip(&mut this.moments) {
+                moments.push(vec![0.0; names.map_or(0, |_| params.trained(id))]);
             }
         }
         this

@@ -56,6 +56,8 @@ impl Param {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Params {
     list: Vec<Param>,
+    /// For each whether it stays as it is.
+    frozen: Vec<bool>,
 }
 
 impl std::ops::Index<ParamId> for Params {
@@ -104,7 +106,34 @@ impl Params {
     pub fn add(&mut self, param: Param) -> ParamId {
         assert_eq!(param.values.len(), param.rows * param.cols, "values of `{}`", param.name);
         self.list.push(param);
+        self.frozen.push(false);
         ParamId(self.list.len() - 1)
+    }
+
+    /// Adds a parameter that is not trained: it has no gradient and no moments, and checkpoints leave it out. A ternary matrix has
+    /// no values either: its ternary form is with the [`crate::weights::Weights`]. Panics unless it has `rows * cols` values, or
+    /// none.
+    pub fn add_frozen(&mut self, param: Param) -> ParamId {
+        let count = param.values.len();
+        assert!(count == 0 || count == param.rows * param.cols, "values of `{}`", param.name);
+        self.list.push(param);
+        self.frozen.push(true);
+        ParamId(self.list.len() - 1)
+    }
+
+    /// Whether a parameter stays as it is.
+    pub fn is_frozen(&self, id: ParamId) -> bool {
+        self.frozen[id.0]
+    }
+
+    /// How many numbers of a parameter are trained: all or none.
+    pub fn trained(&self, id: ParamId) -> usize {
+        if self.is_frozen(id) { 0 } else { self.list[id.0].values.len() }
+    }
+
+    /// The parameters that are trained.
+    pub fn iter_trained(&self) -> impl Iterator<Item = &Param> {
+        self.list.iter().zip(&self.frozen).filter(|(_, frozen)| !**frozen).map(|(param, _)| param)
     }
 }
 
@@ -142,6 +171,17 @@ pub fn load<F>(config: ModelConfig, tensor: F) -> Result<(TrainModel, Params), M
 where
     F: FnMut(&str, usize, usize, Kind) -> Result<Vec<f32>, ModelError>,
 {
+    check_trainable(&config)?;
+    let mut source = From { params: Params::default(), tensor };
+    let model = Model::build(config, &mut source)?;
+    Ok((model, source.params))
+}
+
+/// Refuses a model with layers that are run but have no backward pass.
+///
+/// # Errors
+/// Naming the configuration's field.
+pub fn check_trainable(config: &ModelConfig) -> Result<(), ModelError> {
     let refuse = |field: &str, found: String, expected: &str| {
         Err(ModelError::ConfigValue { field: field.into(), found, expected: expected.into() })
     };
@@ -153,9 +193,7 @@ where
         let found = "gated DeltaNet layers and gated attention".into();
         return refuse("layer_types", found, "attention without gates, which is what can be trained here");
     }
-    let mut source = From { params: Params::default(), tensor };
-    let model = Model::build(config, &mut source)?;
-    Ok((model, source.params))
+    Ok(())
 }
 
 struct From<F> {

@@ -15,6 +15,7 @@ mod documents;
 mod elementwise;
 mod embed;
 mod linear;
+mod low_rank;
 mod norm;
 
 use std::sync::Arc;
@@ -36,7 +37,7 @@ pub struct Gradients {
 impl Gradients {
     /// Zeros.
     pub fn new(params: &Params) -> Self {
-        Self { list: params.iter().map(|p| vec![0.0; p.values.len()]).collect() }
+        Self { list: params.ids().map(|id| vec![0.0; params.trained(id)]).collect() }
     }
 
     /// Back to zeros.
@@ -207,6 +208,11 @@ impl<'a> Tape<'a> {
         }
     }
 
+    /// Whether a parameter has a gradient: frozen ones have none.
+    pub(crate) fn trains(&self, id: ParamId) -> bool {
+        self.gradients.is_some() && !self.on.params.is_frozen(id)
+    }
+
     pub(crate) fn param_grad(&mut self, id: ParamId) -> &mut [f32] {
         self.gradients.as_mut().expect("steps are recorded only with gradients").get_mut(id)
     }
@@ -253,7 +259,12 @@ impl<'a> Ops for Tape<'a> {
     }
 
     fn linear<const N: usize>(&mut self, x: &Var, layers: [&Linear<ParamId, ParamId>; N]) -> [Var; N] {
-        self.linear_group(x, layers.map(|layer| (layer.matrix, layer.bias)))
+        let out = self.linear_group(x, layers.map(|layer| (layer.matrix, layer.bias)));
+        let mut adapters = layers.into_iter().map(|layer| &layer.adapter);
+        out.map(|y| match adapters.next() {
+            Some(Some(adapter)) => self.adapt(x, y, adapter),
+            _ => y,
+        })
     }
 
     fn rotate(&mut self, x: &Var, by: &Rotate, direction: Direction) -> Var {

@@ -12,8 +12,9 @@ use crate::data::{Batch, Batches, HeldOut, Preparing, Score, documents};
 use crate::divergence::{Divergence, Watch};
 use crate::engine::Engine;
 use crate::error::TrainError;
+use crate::feed::{Feed, Pretraining};
 use crate::lines::LineWriter;
-use crate::loss::{IGNORE, Loss};
+use crate::loss::Loss;
 use crate::metrics::{Metrics, MetricsWriter, Window};
 use crate::optimizer::Optimizer;
 use crate::params::{self, ParamId, Params, TrainModel};
@@ -24,13 +25,12 @@ use crate::vocabulary::Vocabulary;
 use crate::weights::Weights;
 use crate::work::{Peaks, Work};
 
-/// A run in memory.
+/// A run in memory: of a new model on text, unless `F` says otherwise.
 #[derive(Debug)]
-pub struct Trainer {
+pub struct Trainer<F = Pretraining> {
     config: TrainConfig,
     engine: Engine,
-    vocabulary: Vocabulary,
-    data: Batches,
+    data: F,
     held_out: Vec<HeldOut>,
     model: TrainModel,
     params: Params,
@@ -98,15 +98,7 @@ impl Trainer {
     }
 
     fn new_watched(config: TrainConfig, watch: &mut dyn FnMut(Preparing)) -> Result<Self, TrainError> {
-        if let Some(step) = Checkpoints::of(&config.train.out).steps()?.last() {
-            let out = config.train.out.display();
-            let found = format!("{out}, which holds a checkpoint after step {step}");
-            return Err(TrainError::setting(
-                "train.out",
-                found,
-                "an empty folder, unless that run is to be resumed",
-            ));
-        }
+        no_checkpoint(&config)?;
         Self::start(config, None, watch)
     }
 
@@ -119,18 +111,7 @@ impl Trainer {
     }
 
     fn resume_watched(config: TrainConfig, watch: &mut dyn FnMut(Preparing)) -> Result<Self, TrainError> {
-        let checkpoints = Checkpoints::of(&config.train.out);
-        let Some(&step) = checkpoints.steps()?.last() else {
-            let what = format!("{} holds no checkpoint; start the run anew", config.train.out.display());
-            return Err(TrainError::Resume { what });
-        };
-        let checkpoint = checkpoints.load(step).map_err(|damage| {
-            let folder = checkpoints.path(step);
-            let what =
-                format!("{damage}; delete {} to go on from the checkpoint before it", folder.display());
-            TrainError::Resume { what }
-        })?;
-        same_run(&checkpoint.state.config, &config)?;
+        let checkpoint = newest_checkpoint(&config)?;
         Self::start(config, Some(checkpoint), watch)
     }
 
@@ -169,11 +150,46 @@ impl Trainer {
         let threads = config.train.threads.unwrap_or_else(setun_kernels::threads::physical_cores_allowed);
         let engine = Engine::new(threads);
         let shape = config.model_config(vocabulary.end_of_text())?;
-        let mut rope = RopeTable::new(&shape.rope);
-        rope.prepare(config.data.seq_len);
         let (model, params) = params::initialise(shape, config.train.seed)?;
+        let data = Pretraining { vocabulary, batches: data };
+        let weights = Weights::default();
+        Self::assemble(config, Parts { engine, data, held_out, model, params, weights }, checkpoint)
+    }
+
+    /// The run's tokenizer.
+    pub fn vocabulary(&self) -> &Vocabulary {
+        &self.data.vocabulary
+    }
+
+    /// The run's training data.
+    pub fn data(&self) -> &Batches {
+        &self.data.batches
+    }
+}
+
+/// What a run is made of.
+#[derive(Debug)]
+pub(crate) struct Parts<F> {
+    pub(crate) engine: Engine,
+    pub(crate) data: F,
+    pub(crate) held_out: Vec<HeldOut>,
+    pub(crate) model: TrainModel,
+    pub(crate) params: Params,
+    /// Ternary forms of what is not trained.
+    pub(crate) weights: Weights,
+}
+
+impl<F: Feed> Trainer<F> {
+    pub(crate) fn assemble(
+        config: TrainConfig,
+        parts: Parts<F>,
+        checkpoint: Option<Checkpoint>,
+    ) -> Result<Self, TrainError> {
+        let Parts { engine, data, held_out, model, params, weights } = parts;
+        let mut rope = RopeTable::new(&model.config.rope);
+        rope.prepare(config.data.seq_len);
         let mut trainer = Self {
-            weights: Weights::default(),
+            weights,
             gradients: Gradients::new(&params),
             optimizer: Optimizer::new(&config.optimizer, &params),
             checkpoints: Checkpoints::of(&config.train.out),
@@ -186,7 +202,6 @@ impl Trainer {
             best: None,
             config,
             engine,
-            vocabulary,
             data,
             held_out,
             model,
@@ -199,7 +214,8 @@ impl Trainer {
             trainer.restore(checkpoint)?;
         }
         let recipe = trainer.config.recipe(trainer.step);
-        trainer.weights = Weights::with(&trainer.engine, &trainer.params, recipe);
+        trainer.weights.set_recipe(recipe);
+        trainer.weights.refresh(&trainer.engine, &trainer.params);
         let (params, weights) = (&trainer.params, &trainer.weights);
         trainer.census = match codes {
             Some((codes, path)) => Census::restore(params, weights, codes, &path)?,
@@ -209,7 +225,8 @@ impl Trainer {
     }
 
     fn restore(&mut self, mut checkpoint: Checkpoint) -> Result<(), TrainError> {
-        for (i, param) in self.params.iter_mut().enumerate() {
+        let frozen: Vec<bool> = self.params.ids().map(|id| self.params.is_frozen(id)).collect();
+        for (i, param) in self.params.iter_mut().enumerate().filter(|(i, _)| !frozen[*i]) {
             let shape = param.shape();
             param.values = checkpoint.take("param", &param.name, &shape)?;
             for (name, moments) in
@@ -237,9 +254,9 @@ impl Trainer {
         let started = Instant::now();
         let total_steps = self.config.total_steps();
         let progress = self.step as f64 / total_steps.max(1) as f64;
-        let batches: Vec<Batch> =
+        let batches: Vec<F::Item> =
             (0..self.config.train.accumulation).map(|_| self.data.next_batch(progress)).collect();
-        let counted = batches.iter().flat_map(|b| &b.targets).filter(|&&t| t != IGNORE).count();
+        let counted: usize = batches.iter().map(|batch| self.data.counted(batch)).sum();
         self.gradients.clear(&self.engine);
         let mut loss = Loss::default();
         for batch in &batches {
@@ -254,9 +271,9 @@ impl Trainer {
             return Err(self.diverged(self.watch.not_finite(step, what)));
         }
         self.step += 1;
-        self.weights.set_strength(self.config.recipe(self.step).strength);
+        self.weights.set_recipe(self.config.recipe(self.step));
         self.weights.refresh(&self.engine, &self.params);
-        let tokens = batches.iter().map(|b| b.ids.len() as u64).sum::<u64>();
+        let tokens = batches.iter().map(|b| b.as_ref().ids.len() as u64).sum::<u64>();
         self.tokens += tokens;
         let seconds = started.elapsed().as_secs_f64();
         self.elapsed += seconds;
@@ -273,7 +290,8 @@ impl Trainer {
     }
 
     /// Adds the gradients of one batch, each token's loss weighted.
-    fn pass(&mut self, batch: &Batch, weight: f32) -> Loss {
+    fn pass(&mut self, item: &F::Item, weight: f32) -> Loss {
+        let batch = item.as_ref();
         let on = Setting {
             engine: &self.engine,
             params: &self.params,
@@ -283,7 +301,7 @@ impl Trainer {
             seq_len: batch.seq_len,
         };
         let mut tape = Tape::new(on, &mut self.gradients);
-        let loss = forward(&self.model, &mut tape, batch, weight);
+        let loss = self.data.objective(&self.model, &mut tape, item, weight);
         tape.backward();
         loss
     }
@@ -307,21 +325,9 @@ impl Trainer {
 
     /// Cross-entropy of a held-out set, or of about `limit` tokens taken evenly from it.
     pub fn evaluate(&self, set: &HeldOut, limit: Option<usize>) -> Score {
-        let mut score = Score::default();
-        for held_out in set.batches(self.config.train.batch, limit) {
-            let batch = &held_out.batch;
-            let on = Setting {
-                engine: &self.engine,
-                params: &self.params,
-                weights: &self.weights,
-                rope: &self.rope,
-                sequences: batch.batch,
-                seq_len: batch.seq_len,
-            };
-            let loss = forward(&self.model, &mut Tape::forward_only(on), batch, 0.0);
-            score.add(loss.sum, &held_out);
-        }
-        score
+        let Self { engine, params, weights, rope, .. } = self;
+        let on = Setting { engine, params, weights, rope, sequences: 0, seq_len: 0 };
+        score(&self.model, on, set, self.config.train.batch, limit)
     }
 
     /// Every held-out set by name, see [`Trainer::evaluate`].
@@ -380,6 +386,12 @@ impl Trainer {
                 scores.iter().for_each(|(name, score)| line.add_eval(name, score));
                 improved = self.compare(step, &scores);
                 progress.evaluated(step, &scores);
+            }
+            if let Some(line) = &mut line
+                && line.loss.is_some()
+            {
+                let others = self.data.measures();
+                line.other.extend(others.into_iter().map(|(name, value)| (name.to_owned(), value.into())));
             }
             if let Some(line) = line {
                 metrics.write(&line)?;
@@ -454,14 +466,14 @@ impl Trainer {
         &self.config
     }
 
-    /// The run's tokenizer.
-    pub fn vocabulary(&self) -> &Vocabulary {
-        &self.vocabulary
+    /// What the run reads.
+    pub fn feed(&self) -> &F {
+        &self.data
     }
 
-    /// The run's training data.
-    pub fn data(&self) -> &Batches {
-        &self.data
+    /// Ternary forms, of trained and of frozen layers.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
     }
 
     /// The held-out sets.
@@ -490,6 +502,46 @@ impl Trainer {
     }
 }
 
+/// Refuses an output folder with checkpoints: a run that begins would mix with them.
+pub(crate) fn no_checkpoint(config: &TrainConfig) -> Result<(), TrainError> {
+    let Some(step) = Checkpoints::of(&config.train.out).steps()?.pop() else { return Ok(()) };
+    let found = format!("{}, which holds a checkpoint after step {step}", config.train.out.display());
+    Err(TrainError::setting("train.out", found, "an empty folder, unless that run is to be resumed"))
+}
+
+/// The newest checkpoint of this run.
+pub(crate) fn newest_checkpoint(config: &TrainConfig) -> Result<Checkpoint, TrainError> {
+    let checkpoints = Checkpoints::of(&config.train.out);
+    let Some(&step) = checkpoints.steps()?.last() else {
+        let what = format!("{} holds no checkpoint; start the run anew", config.train.out.display());
+        return Err(TrainError::Resume { what });
+    };
+    let checkpoint = checkpoints.load(step).map_err(|damage| {
+        let folder = checkpoints.path(step);
+        let what = format!("{damage}; delete {} to go on from the checkpoint before it", folder.display());
+        TrainError::Resume { what }
+    })?;
+    same_run(&checkpoint.state.config, config)?;
+    Ok(checkpoint)
+}
+
+/// Cross-entropy of a held-out set, `batch` sequences at a time; how many and how long they are is not read from `on`.
+pub(crate) fn score(
+    model: &TrainModel,
+    on: Setting,
+    set: &HeldOut,
+    batch: usize,
+    limit: Option<usize>,
+) -> Score {
+    let mut score = Score::default();
+    for held_out in set.batches(batch, limit) {
+        let on = Setting { sequences: held_out.batch.batch, seq_len: held_out.batch.seq_len, ..on };
+        let loss = forward(model, &mut Tape::forward_only(on), &held_out.batch, 0.0);
+        score.add(loss.sum, &held_out);
+    }
+    score
+}
+
 /// The parameter that the output head reads: the embedding when tied.
 pub fn head(model: &TrainModel) -> ParamId {
     model.head.as_ref().unwrap_or(&model.embed).matrix
@@ -511,6 +563,7 @@ fn same_run(saved: &TrainConfig, now: &TrainConfig) -> Result<(), TrainError> {
             what: format!("`{name}` differs from the checkpoint's; restore it, or name another train.out"),
         }),
     };
+    section("base", saved.base == now.base)?;
     section("model", saved.model == now.model)?;
     section("optimizer", saved.optimizer == now.optimizer)?;
     let mixture = |c: &TrainConfig| {

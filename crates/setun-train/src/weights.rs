@@ -4,7 +4,7 @@ use setun::config::ActivationType;
 use setun::model::Role;
 use setun_kernels::{PackedMatrix, TernaryMatrix};
 
-use crate::engine::{Engine, rows_per_chunk, vectorised};
+use crate::engine::{Engine, Floats, rows_per_chunk, vectorised};
 use crate::params::{Kind, Param, ParamId, Params};
 
 /// How masters become weights, and what those multiply.
@@ -57,8 +57,28 @@ pub struct TernaryWeight {
     matrix: TernaryMatrix,
     /// In the layout of the integer kernel, where products are exact.
     pub(crate) packed: Option<PackedMatrix>,
-    /// `t · γ` in floats, on the way there from the masters while the strength is below 1; `[rows, cols]`.
+    /// `t · γ` in floats, on the way there from the masters while the strength is below 1; `[rows, cols]`, and empty where the
+    /// layer is frozen.
     pub(crate) dense: Vec<f32>,
+}
+
+impl TernaryWeight {
+    /// What [`TernaryWeight::dense`] would hold.
+    pub(crate) fn thaw(&self, engine: &Engine) -> Floats {
+        let mut dense = engine.scratch(self.matrix.rows() * self.matrix.cols());
+        dequantize(&self.matrix, &mut dense, engine);
+        dense
+    }
+}
+
+fn dequantize(matrix: &TernaryMatrix, dense: &mut [f32], engine: &Engine) {
+    let cols = matrix.cols();
+    let rows = rows_per_chunk(cols);
+    engine.pool.run_chunks_mut(dense, rows * cols, |i, dense| {
+        for (row, out) in dense.chunks_exact_mut(cols).enumerate() {
+            matrix.dequantize_row(i * rows + row, out);
+        }
+    });
 }
 
 /// For every parameter its ternary form, if it has one.
@@ -86,16 +106,18 @@ impl Weights {
         self.recipe
     }
 
-    /// Another strength, from the next [`Weights::refresh`] on.
-    pub fn set_strength(&mut self, strength: f32) {
-        self.recipe.strength = strength;
+    /// Another way of making them, from the next [`Weights::refresh`] on; only the strength may change once there are any.
+    pub fn set_recipe(&mut self, recipe: Recipe) {
+        self.recipe = recipe;
     }
 
     /// The same for masters that have changed.
     pub fn refresh(&mut self, engine: &Engine, params: &Params) {
         let (pool, kernels, recipe) = (&engine.pool, engine.kernels, self.recipe);
+        self.list.resize_with(params.len(), || None);
         for (slot, param) in self.list.iter_mut().zip(params.iter()) {
-            if param.kind != Kind::Matrix(Role::Ternary) {
+            // What is frozen was set once.
+            if param.kind != Kind::Matrix(Role::Ternary) || param.values.is_empty() {
                 continue;
             }
             if let Some(weight) = slot {
@@ -111,14 +133,23 @@ impl Weights {
                 Some(packed) => packed.repack(matrix, pool),
                 None => *packed = Some(PackedMatrix::pack(matrix, kernels, pool)),
             }
-            let rows = rows_per_chunk(param.cols);
-            pool.run_chunks_mut(dense, rows * param.cols, |i, dense| {
-                for (row, out) in dense.chunks_exact_mut(param.cols).enumerate() {
-                    matrix.dequantize_row(i * rows + row, out);
-                }
-                blend(&param.values[i * rows * param.cols..], dense, recipe.strength);
-            });
+            dequantize(matrix, dense, engine);
+            let rows = rows_per_chunk(param.cols) * param.cols;
+            if recipe.strength < 1.0 {
+                pool.run_chunks_mut(dense, rows, |i, dense| {
+                    blend(&param.values[i * rows..], dense, recipe.strength);
+                });
+            }
         }
+    }
+
+    /// Sets the ternary form of a frozen parameter.
+    pub(crate) fn set_frozen(&mut self, engine: &Engine, id: ParamId, matrix: TernaryMatrix) {
+        if self.list.len() <= id.0 {
+            self.list.resize_with(id.0 + 1, || None);
+        }
+        let packed = Some(PackedMatrix::pack(&matrix, engine.kernels, &engine.pool));
+        self.list[id.0] = Some(TernaryWeight { matrix, packed, dense: Vec::new() });
     }
 
     /// The ternary form of a parameter.

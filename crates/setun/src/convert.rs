@@ -37,6 +37,7 @@ use crate::weights::Weights;
 use encode::Encoder;
 #[cfg(feature = "hub")]
 pub(crate) use huggingface::COMPANIONS;
+pub use huggingface::write_companions;
 pub use losses::losses;
 use plan::{Item, Planned};
 use staging::Staging;

@@ -11,8 +11,9 @@ use setun_kernels::threads::Pool;
 use crate::config::{Activation, ActivationType, MAX_CONV_KERNEL};
 use crate::error::ModelError;
 use crate::kv_cache::KvCache;
+use crate::lora::{Adapter, Update};
 use crate::model::{Role, Source};
-use crate::ops::{Attention, DeltaNet, DeltaWeights, Direction, Linear, Ops, Rotate, Routing, Tap};
+use crate::ops::{Attention, DeltaNet, DeltaWeights, Direction, Linear, LowRank, Ops, Rotate, Routing, Tap};
 use crate::weights::{Weight, Weights};
 
 mod workspace;
@@ -35,6 +36,13 @@ pub enum CpuMatrix {
     },
     /// Floating point.
     Dense(DenseMatrix),
+    /// One half of an adapter: rows in floats, multiplied in the order that all instruction sets share.
+    Rows {
+        /// Row-major; of an adapter's `B` the rows are its columns.
+        values: Vec<f32>,
+        /// Length of a row.
+        cols: usize,
+    },
 }
 
 impl CpuMatrix {
@@ -44,6 +52,7 @@ impl CpuMatrix {
             Self::Ternary(matrix) | Self::Tied { product: matrix, .. } => matrix.bytes(),
             Self::Codes(matrix) => matrix.bytes(),
             Self::Dense(matrix) => matrix.bytes(),
+            Self::Rows { values, .. } => size_of_val(&values[..]),
         }
     }
 }
@@ -55,6 +64,7 @@ pub struct CpuSource<'a> {
     pool: &'a Pool,
     activations: ActivationType,
     progress: Option<&'a mut dyn FnMut(usize)>,
+    adapter: Option<&'a Adapter>,
 }
 
 impl<'a> CpuSource<'a> {
@@ -65,7 +75,12 @@ impl<'a> CpuSource<'a> {
         pool: &'a Pool,
         activations: ActivationType,
     ) -> Self {
-        Self { weights, kernels, pool, activations, progress: None }
+        Self { weights, kernels, pool, activations, progress: None, adapter: None }
+    }
+
+    /// The same, with what `adapter` adds to it.
+    pub fn adapted(self, adapter: Option<&'a Adapter>) -> Self {
+        Self { adapter, ..self }
     }
 
     /// The same, telling of every matrix how many weights it had.
@@ -103,6 +118,21 @@ impl Source for CpuSource<'_> {
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
         self.weights.vector(name, len)
+    }
+
+    fn adapter(
+        &mut self,
+        module: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Option<LowRank<CpuMatrix>>, ModelError> {
+        let update = self.adapter.map_or(Ok(None), |adapter| adapter.update(module, rows, cols))?;
+        Ok(update.map(|Update { rank, a, b, scale }| {
+            // By columns: a token's product with B is then a sum of rows.
+            let columns = (0..rank).flat_map(|j| (0..rows).map(move |r| b[r * rank + j])).collect();
+            let a = CpuMatrix::Rows { values: a.to_vec(), cols };
+            LowRank { a, b: CpuMatrix::Rows { values: columns, cols: rows }, scale }
+        }))
     }
 }
 
@@ -173,7 +203,9 @@ impl Ops for CpuOps<'_, '_> {
         let width = match table {
             CpuMatrix::Dense(table) => table.cols(),
             CpuMatrix::Codes(rows) | CpuMatrix::Tied { rows, .. } => rows.cols(),
-            CpuMatrix::Ternary(_) => unreachable!("what is read as Role::Embedding keeps its rows"),
+            CpuMatrix::Ternary(_) | CpuMatrix::Rows { .. } => {
+                unreachable!("what is read as Role::Embedding keeps its rows")
+            }
         };
         let mut out = self.work.buf(ids.len(), width);
         for (out, &id) in out.data.chunks_mut(width).zip(ids) {
@@ -182,7 +214,7 @@ impl Ops for CpuOps<'_, '_> {
                 CpuMatrix::Codes(rows) | CpuMatrix::Tied { rows, .. } => {
                     rows.dequantize_row(id as usize, out)
                 }
-                CpuMatrix::Ternary(_) => {}
+                CpuMatrix::Ternary(_) | CpuMatrix::Rows { .. } => {}
             }
         }
         out
@@ -203,6 +235,7 @@ impl Ops for CpuOps<'_, '_> {
             CpuMatrix::Ternary(matrix) | CpuMatrix::Tied { product: matrix, .. } => matrix.rows(),
             CpuMatrix::Codes(matrix) => matrix.rows(),
             CpuMatrix::Dense(matrix) => matrix.rows(),
+            CpuMatrix::Rows { .. } => unreachable!("adapters are no layers of their own"),
         };
         let mut out = layers.map(|layer| self.work.buf(tokens, rows(&layer.matrix)));
         let mut packed: Vec<&PackedMatrix> = Vec::with_capacity(N);
@@ -219,6 +252,7 @@ impl Ops for CpuOps<'_, '_> {
                 CpuMatrix::Dense(matrix) => {
                     matrix.matmul(self.kernels, &x.data, tokens, &mut out.data, self.pool)
                 }
+                CpuMatrix::Rows { .. } => {}
             }
         }
         if !packed.is_empty() {
@@ -233,6 +267,9 @@ impl Ops for CpuOps<'_, '_> {
                 for row in out.data.chunks_mut(out.width) {
                     self.kernels.add_assign(row, bias);
                 }
+            }
+            if let Some(adapter) = &layer.adapter {
+                self.adapt(x, out, adapter);
             }
         }
         out
@@ -470,6 +507,25 @@ impl Ops for CpuOps<'_, '_> {
 }
 
 impl CpuOps<'_, '_> {
+    /// `y += scale · (x · Aᵀ) · Bᵀ`, row by row, in an order that depends on the shapes alone.
+    fn adapt(&self, x: &Buf, y: &mut Buf, by: &LowRank<CpuMatrix>) {
+        let (CpuMatrix::Rows { values: a, cols }, CpuMatrix::Rows { values: b, .. }) = (&by.a, &by.b) else {
+            return;
+        };
+        let (kernels, width) = (self.kernels, y.width);
+        self.by_rows(&mut y.data, width, |t, y| {
+            let x = &x.data[t * cols..(t + 1) * cols];
+            let mut sum = vec![0.0; width];
+            for (a, b) in a.chunks_exact(*cols).zip(b.chunks_exact(width)) {
+                let u = by.scale * kernels.dot(a, x);
+                for (sum, b) in sum.iter_mut().zip(b) {
+                    *sum += u * b;
+                }
+            }
+            kernels.add_assign(y, &sum);
+        });
+    }
+
     /// Fills `out` row by row, `width` at a time. Whole rows are quantised as well, if that is what comes next in this model.
     fn fill(&mut self, out: &mut Buf, width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
         if !self.work.int8 || width != out.width {

@@ -12,6 +12,7 @@ use crate::error::ModelError;
 use crate::format::Checkpoint;
 use crate::head::{Candidates, Head, HeadMode, HeadStats, HeadWork, LogitsNeed};
 use crate::kv_cache::{KvCache, KvType};
+use crate::lora::Adapter;
 use crate::model::{FeedForward, Layer, Model};
 use crate::ops::{Linear, Ops, Tap};
 use crate::weights::Weights;
@@ -74,8 +75,22 @@ impl Engine {
         options: &EngineOptions,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Self, ModelError> {
+        Self::load_adapted(file, config, options, None, progress)
+    }
+
+    /// [`Engine::load_telling`] with what `adapter` adds to the model's layers, which stay as they are.
+    ///
+    /// # Errors
+    /// As [`Engine::load`], and when the adapter was made for another model.
+    pub fn load_adapted(
+        file: &Checkpoint,
+        config: ModelConfig,
+        options: &EngineOptions,
+        adapter: Option<&Adapter>,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Self, ModelError> {
         let pool = Pool::new(options.threads.unwrap_or_else(physical_cores_allowed));
-        Self::load_on(Arc::new(pool), file, config, options, progress)
+        Self::load_on(Arc::new(pool), file, config, options, adapter, progress)
     }
 
     /// [`Engine::load`] of another model that runs on this one's threads, in turn with it: a draft model.
@@ -88,7 +103,7 @@ impl Engine {
         config: ModelConfig,
         options: &EngineOptions,
     ) -> Result<Self, ModelError> {
-        Self::load_on(Arc::clone(&self.pool), file, config, options, &mut |_| ())
+        Self::load_on(Arc::clone(&self.pool), file, config, options, None, &mut |_| ())
     }
 
     fn load_on(
@@ -96,6 +111,7 @@ impl Engine {
         file: &Checkpoint,
         config: ModelConfig,
         options: &EngineOptions,
+        adapter: Option<&Adapter>,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Self, ModelError> {
         let kernels = options.kernels.unwrap_or_else(Kernels::best);
@@ -104,7 +120,9 @@ impl Engine {
         weights.check_scale_convention()?;
         let activations = options.activations.unwrap_or(config.activations());
         let mut source = CpuSource::new(weights.on(&pool), kernels, &pool, activations).telling(progress);
+        source = source.adapted(adapter);
         let model = Model::build(config.clone(), &mut source)?;
+        adapter.map_or(Ok(()), Adapter::check_all_used)?;
         let head = Head::new(&model, options.head, kernels, &pool);
         Ok(Self { model, kernels, pool, activations, head })
     }
@@ -165,8 +183,10 @@ impl Engine {
     /// as they can.
     pub fn bytes_per_pass(&self, tokens: usize) -> usize {
         let model = &self.model;
-        let linear =
-            |l: &Linear<CpuMatrix, Vec<f32>>| l.matrix.bytes() + l.bias.as_ref().map_or(0, |b| 4 * b.len());
+        let linear = |l: &Linear<CpuMatrix, Vec<f32>>| {
+            let adapter = l.adapter.as_ref().map_or(0, |low| low.a.bytes() + low.b.bytes());
+            l.matrix.bytes() + l.bias.as_ref().map_or(0, |b| 4 * b.len()) + adapter
+        };
         let idle = |layer: &Layer<_, _>| match &layer.mlp {
             FeedForward::Gated(_) => 0,
             FeedForward::Experts(layer) => {

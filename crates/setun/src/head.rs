@@ -191,7 +191,14 @@ pub(crate) struct HeadWork {
 fn plain_matrix(model: &Model<CpuMatrix, Vec<f32>>) -> Option<&DenseMatrix> {
     let head = model.head.as_ref().unwrap_or(&model.embed);
     match &head.matrix {
-        CpuMatrix::Dense(matrix) if head.bias.is_none() && head.norm.is_none() && head.rotation.is_none() => {
+        CpuMatrix::Dense(matrix)
+            if [
+                head.bias.is_none(),
+                head.norm.is_none(),
+                head.rotation.is_none(),
+                head.adapter.is_none(),
+            ] == [true; 4] =>
+        {
             Some(matrix)
         }
         _ => None,

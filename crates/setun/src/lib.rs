@@ -4,7 +4,7 @@
 //! by [`weights`]; [`tokenizer`] and [`chat`] turn text into ids; [`model`] is the forward pass over [`ops`], which
 //! [`cpu`] executes with a [`kv_cache`]; [`engine`] holds a loaded model and its sequences, [`head`] gives their logits, [`sampler`] picks the next
 //! token (as [`recommended`] by the model's makers or otherwise asked), [`generate`] puts them together and [`stop`] watches for strings that end a text. [`inspect`] tells what a file
-//! holds, [`eval`] scores a model, [`convert`] rewrites one. [`hub`] fetches models and keeps them. [`error`] says why something could not be done.
+//! holds, [`eval`] scores a model, [`convert`] rewrites one, [`lora`] reads what is added to one. [`hub`] fetches models and keeps them. [`error`] says why something could not be done.
 
 mod batch;
 pub mod chat;
@@ -21,6 +21,7 @@ pub mod head;
 pub mod hub;
 pub mod inspect;
 pub mod kv_cache;
+pub mod lora;
 pub mod model;
 pub mod ops;
 pub mod recommended;

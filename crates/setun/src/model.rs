@@ -11,7 +11,7 @@ mod feed_forward;
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
-use crate::ops::{Direction, Linear, Ops, Tap};
+use crate::ops::{Direction, Linear, LowRank, Ops, Tap};
 
 pub use attention::Attention;
 pub use delta_net::DeltaNet;
@@ -53,6 +53,20 @@ pub trait Source {
     /// # Errors
     /// When it is absent, of another shape, or not decodable.
     fn vector(&mut self, name: &str, len: usize) -> Result<Self::Vector, ModelError>;
+
+    /// What is added to the linear layer `module` (`model.layers.0.mlp.up_proj`), whose matrix is `[rows, cols]`: nothing, unless
+    /// the source has adapters.
+    ///
+    /// # Errors
+    /// When it is of another shape.
+    fn adapter(
+        &mut self,
+        _module: &str,
+        _rows: usize,
+        _cols: usize,
+    ) -> Result<Option<LowRank<Self::Matrix>>, ModelError> {
+        Ok(None)
+    }
 }
 
 /// One block: tokens are mixed, then each goes through a feed-forward layer, both behind a norm and a residual.
@@ -212,12 +226,18 @@ fn linear<M, V>(
 ) -> Result<Linear<M, V>, ModelError> {
     let ternary = c.is_ternary(name);
     let role = if ternary { Role::Ternary } else { Role::Float };
-    Ok(Linear {
+    let made = Linear {
         matrix: source.matrix(&format!("{name}.weight"), rows, cols, role)?,
         bias: optional(bias, source, &format!("{name}.bias"), rows)?,
         norm: optional(ternary && c.has_inner_norm(name), source, &format!("{name}.rms_norm.weight"), cols)?,
         rotation: c.rotation.as_ref().map_or(Ok(None), |r| r.of_linear(name, cols))?,
-    })
+        adapter: source.adapter(name, rows, cols)?,
+    };
+    if made.adapter.is_some() && (made.norm.is_some() || made.rotation.is_some()) {
+        let what = "an adapter is to change it, but its input is normed or rotated inside the layer, which adapters do not know of";
+        return Err(ModelError::tensor(&format!("{name}.weight"), what));
+    }
+    Ok(made)
 }
 
 fn optional<M, V>(

@@ -27,12 +27,26 @@ pub struct Linear<M, V> {
     pub norm: Option<V>,
     /// Rotation of the input, before the product, that the matrix is folded with.
     pub rotation: Option<Rotate>,
+    /// What is added to the product; never beside a norm or a rotation.
+    pub adapter: Option<LowRank<M>>,
+}
+
+/// A low-rank addition to a linear layer (LoRA, <https://arxiv.org/abs/2106.09685>): `y + scale · (x · Aᵀ) · Bᵀ`, with `x` in
+/// floats whatever the layer does with it.
+#[derive(Debug, Clone)]
+pub struct LowRank<M> {
+    /// `A`, `[rank, in_features]`.
+    pub a: M,
+    /// `B`, `[out_features, rank]`.
+    pub b: M,
+    /// Factor.
+    pub scale: f32,
 }
 
 impl<M, V> Linear<M, V> {
     /// A plain product, without bias, norm or rotation.
     pub fn plain(matrix: M) -> Self {
-        Self { matrix, bias: None, norm: None, rotation: None }
+        Self { matrix, bias: None, norm: None, rotation: None, adapter: None }
     }
 }
 

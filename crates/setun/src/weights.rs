@@ -4,6 +4,7 @@
 //! sees a [`TernaryMatrix`], a [`DenseMatrix`] or a plain vector in the order that half-split RoPE expects.
 
 pub(crate) mod experts;
+mod masters;
 mod names;
 mod order;
 mod stream;
@@ -21,6 +22,7 @@ use crate::format::{
     mlx_to_ternary,
 };
 use crate::model::{Model, Role, Source};
+pub use masters::Master;
 pub(crate) use names::{gguf_name, gguf_name_in, stored_name, vector_shape};
 use order::{Moved, pick_columns, pick_rows};
 

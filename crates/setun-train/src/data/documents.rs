@@ -65,6 +65,21 @@ impl TextFile {
         Ok(Self { path, kind, compression, field: field.clone() })
     }
 
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether its lines are JSON.
+    pub(crate) fn is_jsonl(&self) -> bool {
+        self.kind == Kind::Json
+    }
+
+    /// Its bytes, unpacked.
+    pub(crate) fn open(&self) -> Result<Box<dyn Read + Send>, TrainError> {
+        self.compression.open(&self.path, &Arc::default())
+    }
+
     /// What [`fingerprint`] knows of the file besides its bytes. Plain text is 0, and JSONL 1.
     fn tag(&self) -> u8 {
         self.kind as u8 + 3 * self.compression as u8

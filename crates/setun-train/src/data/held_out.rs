@@ -13,6 +13,7 @@ use super::Batch;
 use super::documents::{self, Documents};
 use crate::config::{Packing, ValidSection};
 use crate::error::TrainError;
+use crate::loss::IGNORE;
 use crate::vocabulary::Vocabulary;
 
 /// One held-out set.
@@ -26,6 +27,8 @@ pub struct HeldOut {
     starts: Vec<usize>,
     packing: Packing,
     seq_len: usize,
+    /// Instead of a stream: batches of one row each, all of one length, whose targets may be masked.
+    rows: Vec<HeldOutBatch>,
 }
 
 impl HeldOut {
@@ -73,7 +76,21 @@ impl HeldOut {
             bytes_before.push(total);
         }
         let (name, seq_len) = (name.to_owned(), seq_len.max(1));
-        Ok(Self { name, stream, bytes_before, starts, packing: Packing::Stream, seq_len })
+        Ok(Self { name, stream, bytes_before, starts, packing: Packing::Stream, seq_len, rows: Vec::new() })
+    }
+
+    /// A set of ready rows, one sequence each and all of one length; bytes are those of the targets that count.
+    pub(crate) fn of_rows(name: &str, rows: Vec<HeldOutBatch>) -> Self {
+        let seq_len = rows.first().map_or(1, |row| row.batch.seq_len);
+        Self {
+            name: name.to_owned(),
+            stream: Vec::new(),
+            bytes_before: Vec::new(),
+            starts: Vec::new(),
+            packing: Packing::Stream,
+            seq_len,
+            rows,
+        }
     }
 
     /// The same set with documents told apart or not; at first they are not.
@@ -100,18 +117,27 @@ impl HeldOut {
 
     /// Tokens that are scored.
     pub fn tokens(&self) -> usize {
-        self.stream.len() - 1
+        match self.rows.is_empty() {
+            true => self.stream.len().saturating_sub(1),
+            false => self.rows.iter().map(HeldOutBatch::counted).sum(),
+        }
     }
 
     /// UTF-8 bytes of the documents.
     pub fn bytes(&self) -> u64 {
-        self.bytes_before[self.stream.len()]
+        match self.rows.is_empty() {
+            true => self.bytes_before.last().copied().unwrap_or(0),
+            false => self.rows.iter().map(|row| row.bytes).sum(),
+        }
     }
 
     /// The windows, at most `batch` at a time; all of one batch have one length. With `limit`, about so many tokens, in
     /// windows taken evenly from the whole set, the same ones every time.
     pub fn batches(&self, batch: usize, limit: Option<usize>) -> impl Iterator<Item = HeldOutBatch> + '_ {
-        let windows = self.tokens().div_ceil(self.seq_len);
+        let windows = match self.rows.is_empty() {
+            true => self.tokens().div_ceil(self.seq_len),
+            false => self.rows.len(),
+        };
         let wanted = limit.map_or(windows, |tokens| tokens.div_ceil(self.seq_len).clamp(1, windows.max(1)));
         let wanted = wanted.min(windows);
         let batch = batch.max(1);
@@ -119,6 +145,17 @@ impl HeldOut {
         std::iter::from_fn(move || {
             let mut made = HeldOutBatch { batch: Batch::default(), bytes: 0 };
             while next < wanted && made.batch.batch < batch {
+                if !self.rows.is_empty() {
+                    let row = &self.rows[(next as u128 * windows as u128 / wanted as u128) as usize];
+                    made.batch.seq_len = row.batch.seq_len;
+                    made.batch.batch += 1;
+                    made.batch.ids.extend_from_slice(&row.batch.ids);
+                    made.batch.targets.extend_from_slice(&row.batch.targets);
+                    made.batch.starts.extend_from_slice(&row.batch.starts);
+                    made.bytes += row.bytes;
+                    next += 1;
+                    continue;
+                }
                 // Window ⌊next · windows / wanted⌋: all of them when all are wanted.
                 let start = (next as u128 * windows as u128 / wanted as u128) as usize * self.seq_len;
                 let end = (start + self.seq_len).min(self.tokens());
@@ -149,6 +186,13 @@ pub struct HeldOutBatch {
     pub bytes: u64,
 }
 
+impl HeldOutBatch {
+    /// Targets that are scored.
+    pub fn counted(&self) -> usize {
+        self.batch.targets.iter().filter(|&&target| target != IGNORE).count()
+    }
+}
+
 /// Sums over held-out batches.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Score {
@@ -164,7 +208,7 @@ impl Score {
     /// Adds a batch whose cross-entropy, summed over its targets, is `nats`.
     pub fn add(&mut self, nats: f64, of: &HeldOutBatch) {
         self.nats += nats;
-        self.tokens += of.batch.targets.len() as u64;
+        self.tokens += of.counted() as u64;
         self.bytes += of.bytes;
     }
 

@@ -73,7 +73,7 @@ fn feistel(x: u64, half_bits: u32, seed: u64) -> u64 {
 }
 
 /// `0..count` in an order that depends on `seed` alone (Fisher and Yates).
-fn shuffled(count: usize, seed: u64) -> Vec<u32> {
+pub(crate) fn shuffled(count: usize, seed: u64) -> Vec<u32> {
     let mut order: Vec<u32> = (0..count as u32).collect();
     for n in (1..count).rev() {
         // The bias of scaling instead of rejecting is below 2⁻³² for 2³² documents.

@@ -120,7 +120,7 @@ impl Tape<'_> {
     }
 
     /// The value itself when nobody else holds it, else a copy.
-    fn own(&self, value: Arc<Floats>) -> Floats {
+    pub(super) fn own(&self, value: Arc<Floats>) -> Floats {
         Arc::try_unwrap(value).unwrap_or_else(|shared| self.on.engine.copy(&shared))
     }
 }

@@ -24,7 +24,7 @@ impl Tape<'_> {
         let y = self.var(y, width);
         let (to, ids) = (y.id, ids.to_vec());
         self.record(move |tape| {
-            let Some(grad) = tape.take(to) else { return };
+            let Some(grad) = tape.take(to).filter(|_| tape.trains(table)) else { return };
             let pool = &tape.on.engine.pool;
             // Each chunk of the table looks for its own ids, so every row adds up in the order of the tokens.
             let vocab = tape.on.params[table].rows;

@@ -111,12 +111,25 @@ impl Tape<'_> {
             let rows = on.params[*matrix].rows;
             let dy_view = View::new(&dy, tokens, rows, rows);
 
-            let weight = on.weights.get(*matrix).map_or(&on.params[*matrix].values, |w| &w.dense);
+            // A frozen layer keeps its two bits per weight: floats of it exist for this product only.
+            let thawed = on.weights.get(*matrix).filter(|w| w.dense.is_empty()).map(|w| w.thaw(on.engine));
+            let weight = match &thawed {
+                Some(dense) => dense,
+                None => on.weights.get(*matrix).map_or(&on.params[*matrix].values[..], |w| &w.dense),
+            };
             let weight = View::new(weight, rows, cols, cols);
             let into = if dx.is_some() { Into::Add } else { Into::Set };
             let sum = dx.get_or_insert_with(|| on.engine.scratch(tokens * cols));
             gemm_on(&on.engine.pool, ViewMut::new(sum, tokens, cols, cols), into, 1.0, dy_view, weight);
 
+            drop(thawed);
+            if let Some(bias) = bias.filter(|bias| self.trains(*bias)) {
+                let sums = elementwise::column_sums(on.engine, &dy, rows);
+                super::norm::add_rows(self.param_grad(bias), &sums);
+            }
+            if !self.trains(*matrix) {
+                continue;
+            }
             // Layers of one group share their int8 input, and so its float form.
             let x = match (&input, shared.take()) {
                 (Input::Int8(_), Some(dense)) => dense,
@@ -126,10 +139,6 @@ impl Tape<'_> {
             gemm_on(&on.engine.pool, dw, Into::Add, 1.0, dy_view.t(), View::new(&x, tokens, cols, cols));
             if matches!(input, Input::Int8(_)) {
                 shared = Some(x);
-            }
-            if let Some(bias) = bias {
-                let sums = elementwise::column_sums(on.engine, &dy, rows);
-                super::norm::add_rows(self.param_grad(*bias), &sums);
             }
         }
         if let Some(dx) = dx {

@@ -52,7 +52,9 @@ impl Tape<'_> {
                 },
             );
         });
-        add_rows(self.param_grad(weight), &partial);
+        if self.trains(weight) {
+            add_rows(self.param_grad(weight), &partial);
+        }
         g
     }
 }

@@ -10,7 +10,7 @@ use super::plan::{Item, Part, Planned};
 use super::{Job, Prepared};
 use crate::config::{Exceptions, ModelConfig, Numerics, RopeScaling, Storage, Ternary};
 use crate::error::ModelError;
-use crate::format::{CheckpointKind, Encoding, ScaleConvention, TensorSpec};
+use crate::format::{Checkpoint, CheckpointKind, Encoding, ScaleConvention, TensorSpec};
 use crate::recommended::Recommended;
 use crate::tokenizer::Tokenizer;
 
@@ -290,24 +290,52 @@ fn write_files(
     if let Some(source) = companions(job) {
         return copy_companions(source, folder, notes);
     }
-    let mut ends = job.config.eos.clone();
-    ends.extend(
-        tokenizer.map_or(&[][..], Tokenizer::eos_ids).iter().filter(|id| !job.config.eos.contains(id)),
-    );
-    let bos = tokenizer.and_then(Tokenizer::bos).or(job.config.bos);
-    let mut generation = Recommended::of(job.file)?.to_json();
+    if tokenizer.is_none() {
+        notes.push("there is no tokenizer in it".into());
+    }
+    make_companions(job.file, job.config, tokenizer, folder)
+}
+
+/// Writes the files that a model folder holds beside `config.json` and the weights: the tokenizer, chat templates, end tokens and
+/// recommended sampling of `file`. Those of a Hugging Face folder are copied as they are, others made. For programs that write
+/// weights of their own, as a trainer does.
+///
+/// # Errors
+/// When a file cannot be read or written, or the tokenizer does not fit `config`.
+pub fn write_companions(
+    file: &Checkpoint,
+    config: &ModelConfig,
+    tokenizer: &Tokenizer,
+    folder: &Path,
+) -> Result<(), ModelError> {
+    if let (CheckpointKind::Safetensors | CheckpointKind::PyTorch, Some(source)) =
+        (file.kind(), file.folder())
+        && copy_companions(source, folder, &mut Vec::new())?
+    {
+        return Ok(());
+    }
+    make_companions(file, config, Some(tokenizer), folder).map(drop)
+}
+
+fn make_companions(
+    file: &Checkpoint,
+    config: &ModelConfig,
+    tokenizer: Option<&Tokenizer>,
+    folder: &Path,
+) -> Result<bool, ModelError> {
+    let mut ends = config.eos.clone();
+    ends.extend(tokenizer.map_or(&[][..], Tokenizer::eos_ids).iter().filter(|id| !config.eos.contains(id)));
+    let bos = tokenizer.and_then(Tokenizer::bos).or(config.bos);
+    let mut generation = Recommended::of(file)?.to_json();
     generation.insert("bos_token_id".into(), json!(bos));
     generation.insert("eos_token_id".into(), json!(ends));
     write_json(&folder.join("generation_config.json"), &generation.into())?;
-    let Some(tokenizer) = tokenizer else {
-        notes.push("there is no tokenizer in it".into());
-        return Ok(false);
-    };
-    if tokenizer.vocab_size() > job.config.vocab_size {
+    let Some(tokenizer) = tokenizer else { return Ok(false) };
+    if tokenizer.vocab_size() > config.vocab_size {
         let what = format!(
             "it has {} entries, but the model's embedding has {} rows, so it belongs to another model",
             tokenizer.vocab_size(),
-            job.config.vocab_size
+            config.vocab_size
         );
         return Err(ModelError::Tokenizer { what });
     }
@@ -320,7 +348,7 @@ fn write_files(
             "bos_token": token(tokenizer.bos()),
             "eos_token": token(tokenizer.eos_ids().first().copied()),
             "clean_up_tokenization_spaces": false,
-            "model_max_length": job.config.max_positions,
+            "model_max_length": config.max_positions,
         }),
     )?;
     for template in tokenizer.chat_templates() {
