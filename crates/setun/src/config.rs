@@ -3,6 +3,7 @@
 //! Invariants are checked once, in [`ModelConfig::check`], which every constructor ends with; later code relies on
 //! them. A missing key is an error that names it, except where a family fixes the value (one table, `Family`).
 
+mod activations;
 mod contradictions;
 mod experts;
 mod gguf;
@@ -15,14 +16,13 @@ mod rope;
 mod rotation;
 mod size;
 
+pub use activations::ActivationType;
 pub use experts::Experts;
 pub(crate) use gguf::gguf_activations;
 pub use hybrid::{HeadOrder, Hybrid, MAX_CONV_KERNEL};
 pub use provenance::{Fact, Origin};
 pub use rope::{Rope, RopeScaling, RopeTable};
 pub use rotation::Rotation;
-
-use setun_kernels::quant::Rounding;
 
 use crate::error::ModelError;
 use crate::format::{Checkpoint, Llama2cFacts, Llama2cKind};
@@ -75,39 +75,6 @@ pub enum Numerics {
     Float,
     /// Ternary weights: BitNet's W1.58A8, or weights alone (W1.58A16).
     Ternary(Ternary),
-}
-
-/// What ternary layers multiply with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum ActivationType {
-    /// int8, rounded per token, as BitNet b1.58 is trained.
-    #[default]
-    Int8,
-    /// Four bits, rounded per token, as BitNet a4.8 and v2 have them ([`Rounding::Int4`]).
-    Int4,
-    /// Float, as models are defined of which only the weights were made ternary.
-    Float,
-}
-
-impl std::fmt::Display for ActivationType {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Int8 => "int8",
-            Self::Int4 => "int4",
-            Self::Float => "float",
-        })
-    }
-}
-
-impl ActivationType {
-    /// How inputs of ternary layers are rounded; `None`: not at all.
-    pub fn rounding(self) -> Option<Rounding> {
-        match self {
-            Self::Int8 => Some(Rounding::Int8),
-            Self::Int4 => Some(Rounding::Int4),
-            Self::Float => None,
-        }
-    }
 }
 
 /// Which layers are ternary, and what their tensors hold.
